@@ -1,0 +1,67 @@
+"""`linear`: the operator with a gradient and with autocast, in the manner of torch.nn.functional."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class _Linear(torch.autograd.Function):
+    """y = x W^T + bias with the gradient of x and bias; W is frozen, so it has none.
+
+    The gradient lives here and not on the operator: a kernel on the Autograd key would tax every call of inference.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: torch.autograd.function.FunctionCtx,
+        x: Tensor,
+        qweight: Tensor,
+        scales: Tensor,
+        qzeros: Tensor | None,
+        bias: Tensor | None,
+        group_size: int,
+        layout: str,
+    ) -> Tensor:
+        ctx.save_for_backward(qweight, scales, qzeros)
+        ctx.group_size, ctx.layout = group_size, layout  # type: ignore[attr-defined]
+        ctx.bias_dtype = None if bias is None else bias.dtype  # type: ignore[attr-defined]
+        return torch.ops.awq_ext.linear(x, qweight, scales, qzeros, bias, group_size=group_size, layout=layout)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def,override]
+        qweight, scales, qzeros = ctx.saved_tensors
+        grad_x = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            dtype = torch.float32 if grad.dtype == torch.float64 else grad.dtype
+            weight = torch.ops.awq_ext.dequantize(
+                qweight, scales, qzeros, group_size=ctx.group_size, layout=ctx.layout, dtype=dtype
+            )
+            grad_x = grad @ weight.to(grad.dtype)
+        if ctx.needs_input_grad[4]:
+            grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype)
+        return grad_x, None, None, None, grad_bias, None, None
+
+
+def linear(
+    x: Tensor,
+    qweight: Tensor,
+    scales: Tensor,
+    qzeros: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    group_size: int,
+    layout: str = "gemm",
+) -> Tensor:
+    """y = x W^T + bias for a 4-bit weight W, differentiable in x and bias.
+
+    Arguments are those of :func:`awq_ext.ops.linear`. Under ``torch.autocast`` x is cast to the autocast dtype, as
+    ``torch.nn.functional.linear`` does, and y has that dtype; scales keep their own. The raw operator
+    ``torch.ops.awq_ext.linear`` knows neither gradient nor autocast.
+    """
+    if not torch.jit.is_scripting():
+        if torch.is_autocast_enabled(x.device.type) and x.is_floating_point() and x.dtype != torch.float64:
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+            return _Linear.apply(x, qweight, scales, qzeros, bias, group_size, layout)  # type: ignore[no-untyped-call,no-any-return]
+    return torch.ops.awq_ext.linear(x, qweight, scales, qzeros, bias, group_size=group_size, layout=layout)  # type: ignore[no-any-return]

@@ -1,0 +1,364 @@
+"""Typed wrappers of ``torch.ops.awq_ext.*`` and, under each, its fake (shape-only) kernel.
+
+n = out_features, k = in_features, g = group_size (-1 means k), G = k / g, and the weight is
+``W[n, k] = (q[n, k] - z[n, k // g]) * s[n, k // g]`` with codes q and zeros z in 0..15.
+Every operator raises RuntimeError for a tensor of the wrong shape, dtype or device; the message names the tensor,
+what was expected and what was got. Outputs are new tensors. The same input gives the same bytes at any number of
+threads.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_ops = torch.ops.awq_ext
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+_PACKED_ALONG_N = {"gemm": True, "gemv": False, "gptq": False}
+
+
+def linear(
+    x: Tensor,
+    qweight: Tensor,
+    scales: Tensor,
+    qzeros: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    group_size: int,
+    layout: str = "gemm",
+) -> Tensor:
+    """y = x W^T + bias, without gradient (:func:`awq_ext.functional.linear` has one).
+
+    x [..., k] float32, float16, bfloat16, or float64 on a CPU; any strides, any number of rows (none included).
+    qweight int32 [k, n/8]; scales float [G, n]; qzeros int32 [G, n/8], None means that every zero is 8;
+    bias float [n]. Returns [..., n] in x's dtype. Products are accumulated in float32 (float64 for float64 x) and
+    rounded once; a row of x with an infinity or a NaN gives a row without finite guarantees and touches no other.
+    Layout: AutoAWQ ``awq/modules/linear/gemm.py``.
+    """
+    return _ops.linear(x, qweight, scales, qzeros, bias, group_size=group_size, layout=layout)  # type: ignore[no-any-return]
+
+
+@torch.library.register_fake("awq_ext::linear")
+def _linear_fake(
+    x: Tensor,
+    qweight: Tensor,
+    scales: Tensor,
+    qzeros: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    group_size: int,
+    layout: str = "gemm",
+) -> Tensor:
+    k, n = _check_weight("linear", qweight, scales, qzeros, group_size, layout)
+    _check(x.dtype in (*_FLOATS, torch.float64), "linear", "x", "a floating point tensor", x)
+    _check(x.dim() >= 1 and x.shape[-1] == k, "linear", "x", f"[..., {k}]", x)
+    if bias is not None:
+        _check(bias.dtype in _FLOATS and bias.dim() == 1 and bias.shape[0] == n, "linear", "bias", f"[{n}]", bias)
+    return x.new_empty((*x.shape[:-1], n))
+
+
+def dequantize(
+    qweight: Tensor,
+    scales: Tensor,
+    qzeros: Tensor | None = None,
+    *,
+    group_size: int,
+    layout: str = "gemm",
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """The weight W [n, k] in ``dtype`` (float32, float16 or bfloat16; None: that of scales).
+
+    (q - z) * s is computed in float32 and rounded once to ``dtype``. Arguments as for :func:`linear`.
+    """
+    return _ops.dequantize(qweight, scales, qzeros, group_size=group_size, layout=layout, dtype=dtype)  # type: ignore[no-any-return]
+
+
+@torch.library.register_fake("awq_ext::dequantize")
+def _dequantize_fake(
+    qweight: Tensor,
+    scales: Tensor,
+    qzeros: Tensor | None = None,
+    *,
+    group_size: int,
+    layout: str = "gemm",
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    k, n = _check_weight("dequantize", qweight, scales, qzeros, group_size, layout)
+    _check_storage("dequantize", dtype)
+    return scales.new_empty((n, k), dtype=dtype or scales.dtype)
+
+
+def quantize(
+    w: Tensor,
+    *,
+    group_size: int,
+    zero_point: bool = True,
+    range: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Round w float [n, k] to nearest 4-bit codes, group by group.
+
+    range float32 [n, G, 2] is the lowest and highest value of each group that codes must reach (widened to include
+    zero; None: the group's minimum and maximum); weights outside saturate. With zero_point
+    ``s = (hi - lo) / 15, z = round(-lo / s)``, else ``s = max(-lo, hi) / 7, z = 8``. s is rounded to ``dtype``
+    (None: float16) before codes are chosen. An all-zero group has s = 1.
+
+    Returns q uint8 [n, k], scales ``dtype`` [n, G], zeros uint8 [n, G]. On a CPU, weights that are not finite and
+    scales that ``dtype`` cannot hold raise RuntimeError; on CUDA (no synchronisation) such a group's scale is NaN.
+    Source of the formulas: AutoAWQ ``awq/quantize/quantizer.py pseudo_quantize_tensor``, with a range that always
+    includes zero, so that a group of one sign does not saturate.
+    """
+    return _ops.quantize(w, group_size=group_size, zero_point=zero_point, range=range, dtype=dtype)  # type: ignore[no-any-return]
+
+
+@torch.library.register_fake("awq_ext::quantize")
+def _quantize_fake(
+    w: Tensor,
+    *,
+    group_size: int,
+    zero_point: bool = True,
+    range: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    n, groups = _check_float_weight("quantize", w, group_size)
+    _check_storage("quantize", dtype)
+    if range is not None:
+        shape_ok = range.dim() == 3 and range.shape[0] == n and range.shape[1] == groups and range.shape[2] == 2
+        _check(range.dtype == torch.float32 and shape_ok, "quantize", "range", f"[{n}, {groups}, 2] float32", range)
+    return (
+        w.new_empty(w.shape, dtype=torch.uint8),
+        w.new_empty((n, groups), dtype=dtype or torch.float16),
+        w.new_empty((n, groups), dtype=torch.uint8),
+    )
+
+
+def pack(q: Tensor, *, layout: str = "gemm") -> Tensor:
+    """Codes q uint8 [n, k] (0..15) -> int32 words: ``gemm`` [k, n/8], ``gemv`` [n, k/8], ``gptq`` [k/8, n].
+
+    Zero points of ``gemm`` are packed by the same call: zeros [n, G] -> qzeros [G, n/8]. Bits above the lowest four
+    of a code raise RuntimeError on a CPU; on CUDA (no synchronisation) they are dropped.
+    """
+    return _ops.pack(q, layout=layout)  # type: ignore[no-any-return]
+
+
+@torch.library.register_fake("awq_ext::pack")
+def _pack_fake(q: Tensor, *, layout: str = "gemm") -> Tensor:
+    _check(q.dtype == torch.uint8 and q.dim() == 2, "pack", "q", "[out_features, in_features] uint8", q)
+    return q.new_empty(_word_shape("pack", q.shape[0], q.shape[1], layout), dtype=torch.int32)
+
+
+def unpack(qweight: Tensor, *, layout: str = "gemm") -> Tensor:
+    """int32 words of ``layout`` -> codes q uint8 [n, k]; the inverse of :func:`pack`."""
+    return _ops.unpack(qweight, layout=layout)  # type: ignore[no-any-return]
+
+
+@torch.library.register_fake("awq_ext::unpack")
+def _unpack_fake(qweight: Tensor, *, layout: str = "gemm") -> Tensor:
+    return qweight.new_empty(_code_shape("unpack", qweight, layout), dtype=torch.uint8)
+
+
+def repack(qweight: Tensor, *, src: str, dst: str) -> Tensor:
+    """int32 words of layout ``src`` -> int32 words of layout ``dst``, holding the same codes."""
+    return _ops.repack(qweight, src=src, dst=dst)  # type: ignore[no-any-return]
+
+
+@torch.library.register_fake("awq_ext::repack")
+def _repack_fake(qweight: Tensor, *, src: str, dst: str) -> Tensor:
+    n, k = _code_shape("repack", qweight, src)
+    return qweight.new_empty(_word_shape("repack", n, k, dst))
+
+
+def search_scale(
+    w: Tensor,
+    x_mean: Tensor,
+    gram: Tensor,
+    *,
+    group_size: int,
+    grid: int = 20,
+    duo_scaling: bool = True,
+    zero_point: bool = True,
+    tie: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The per-input-channel scale c that makes 4-bit rounding of ``w * c`` lose least.
+
+    w float [n, k] (the rows of every linear that reads the same input, concatenated); x_mean float32 [k], the mean of
+    |x| over tokens; gram float32 [k, k], the mean of x^T x over tokens; tie int64 [k], channels with the same number
+    share one scale (the geometric mean of what each would have).
+
+    Candidates, in this order: the identity; ``x_mean^r`` for r = 1/grid, 2/grid .. 1; with duo_scaling
+    ``x_mean^r / (w_mean^(1-r) + 1e-4)`` for the same r, w_mean[k] = mean over rows of |w| / (largest |w| of its
+    group); each divided by sqrt(max * min). The loss is the mean squared error of the output over all tokens,
+    ``sum_rows d gram d^T`` with ``d = dequantize(quantize(w * c)) / c - w``; smallest wins, the first among equals,
+    so it is never worse than round-to-nearest (``losses[0]``).
+
+    Returns scale float32 [k] and losses float64 [1 + grid * (2 if duo_scaling else 1)]. CPU only.
+    Source: AWQ (arXiv 2306.00978) section 3.2 and AutoAWQ ``awq/quantize/quantizer.py``, with the identity and ratio
+    1 added to the grid and all tokens in the loss.
+    """
+    return _ops.search_scale(  # type: ignore[no-any-return]
+        w,
+        x_mean,
+        gram,
+        group_size=group_size,
+        grid=grid,
+        duo_scaling=duo_scaling,
+        zero_point=zero_point,
+        tie=tie,
+        dtype=dtype,
+    )
+
+
+@torch.library.register_fake("awq_ext::search_scale")
+def _search_scale_fake(
+    w: Tensor,
+    x_mean: Tensor,
+    gram: Tensor,
+    *,
+    group_size: int,
+    grid: int = 20,
+    duo_scaling: bool = True,
+    zero_point: bool = True,
+    tie: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    _check_float_weight("search_scale", w, group_size)
+    _check_storage("search_scale", dtype)
+    torch._check(grid >= 1, lambda: f"awq_ext::search_scale: grid must be at least 1, got {grid}")
+    k = w.shape[1]
+    mean_ok = x_mean.dtype == torch.float32 and x_mean.dim() == 1 and x_mean.shape[0] == k
+    _check(mean_ok, "search_scale", "x_mean", f"[{k}] float32", x_mean)
+    _check_gram("search_scale", gram, k)
+    if tie is not None:
+        tie_ok = tie.dtype == torch.int64 and tie.dim() == 1 and tie.shape[0] == k
+        _check(tie_ok, "search_scale", "tie", f"[{k}] int64", tie)
+    candidates = 1 + grid * (2 if duo_scaling else 1)
+    return w.new_empty((k,), dtype=torch.float32), w.new_empty((candidates,), dtype=torch.float64)
+
+
+def search_clip(
+    w: Tensor,
+    gram: Tensor,
+    *,
+    group_size: int,
+    grid: int = 20,
+    max_shrink: float = 0.5,
+    zero_point: bool = True,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """The range of each group that loses least when the weights outside it saturate, for :func:`quantize`.
+
+    w float [n, k]; gram float32 [k, k] = mean of x^T x over tokens. The group's own range [lo, hi] (zero included)
+    is shrunk in ``grid`` steps of max_shrink / grid: both ends together, then from the best of those each end alone
+    (zero_point only). The loss of a group is ``d gram_gg d^T`` with gram_gg the g x g block on gram's diagonal: the
+    mean squared error of the group's part of the output over all tokens. The whole range is a candidate.
+
+    Returns range float32 [n, G, 2]. CPU only. Source: AutoAWQ ``awq/quantize/quantizer.py _compute_best_clip``, with
+    all tokens instead of 512 and with separate ends.
+    """
+    return _ops.search_clip(  # type: ignore[no-any-return]
+        w, gram, group_size=group_size, grid=grid, max_shrink=max_shrink, zero_point=zero_point, dtype=dtype
+    )
+
+
+@torch.library.register_fake("awq_ext::search_clip")
+def _search_clip_fake(
+    w: Tensor,
+    gram: Tensor,
+    *,
+    group_size: int,
+    grid: int = 20,
+    max_shrink: float = 0.5,
+    zero_point: bool = True,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    n, groups = _check_float_weight("search_clip", w, group_size)
+    _check_storage("search_clip", dtype)
+    torch._check(grid >= 1, lambda: f"awq_ext::search_clip: grid must be at least 1, got {grid}")
+    torch._check(
+        0 <= max_shrink < 1, lambda: f"awq_ext::search_clip: max_shrink must be in [0, 1), got {max_shrink}"
+    )
+    _check_gram("search_clip", gram, w.shape[1])
+    return w.new_empty((n, groups, 2), dtype=torch.float32)
+
+
+def _check(condition: bool, op: str, name: str, expected: str, got: Tensor) -> None:
+    torch._check(
+        condition,
+        lambda: f"awq_ext::{op}: {name} must be {expected}, got {list(got.shape)} {str(got.dtype).removeprefix('torch.')}",
+    )
+
+
+def _check_storage(op: str, dtype: torch.dtype | None) -> None:
+    torch._check(
+        dtype is None or dtype in _FLOATS,
+        lambda: f"awq_ext::{op}: dtype must be float16, bfloat16 or float32, got {dtype}",
+    )
+
+
+def _group(op: str, group_size: int, k: int) -> int:
+    torch._check(
+        group_size > 0 or group_size == -1,
+        lambda: f"awq_ext::{op}: group_size must be positive, or -1 for one group over in_features; got {group_size}",
+    )
+    group = k if group_size == -1 else group_size
+    torch._check(
+        k % group == 0,
+        lambda: f"awq_ext::{op}: in_features must be a multiple of group_size, got {k} and group_size {group_size}",
+    )
+    return group
+
+
+def _check_float_weight(op: str, w: Tensor, group_size: int) -> tuple[int, int]:
+    _check(w.dtype in _FLOATS and w.dim() == 2, op, "w", "a float [out_features, in_features]", w)
+    return w.shape[0], w.shape[1] // _group(op, group_size, w.shape[1])
+
+
+def _check_gram(op: str, gram: Tensor, k: int) -> None:
+    gram_ok = gram.dtype == torch.float32 and gram.dim() == 2 and gram.shape[0] == k and gram.shape[1] == k
+    _check(gram_ok, op, "gram", f"[{k}, {k}] float32", gram)
+
+
+def _along_n(op: str, layout: str) -> bool:
+    torch._check(
+        layout in _PACKED_ALONG_N,
+        lambda: f"awq_ext::{op}: unknown layout '{layout}', expected one of {', '.join(_PACKED_ALONG_N)}",
+    )
+    return _PACKED_ALONG_N[layout]
+
+
+def _word_shape(op: str, n: int, k: int, layout: str) -> tuple[int, int]:
+    along = n if _along_n(op, layout) else k
+    torch._check(
+        along % 8 == 0, lambda: f"awq_ext::{op}: layout '{layout}' packs eight a word, got {along}, not a multiple of 8"
+    )
+    return {"gemm": (k, n // 8), "gemv": (n, k // 8), "gptq": (k // 8, n)}[layout]
+
+
+def _code_shape(op: str, words: Tensor, layout: str) -> tuple[int, int]:
+    _along_n(op, layout)
+    _check(words.dtype == torch.int32 and words.dim() == 2, op, "qweight", "a matrix of int32 words", words)
+    rows, cols = words.shape
+    return {"gemm": (8 * cols, rows), "gemv": (rows, 8 * cols), "gptq": (cols, 8 * rows)}[layout]
+
+
+def _check_weight(
+    op: str, qweight: Tensor, scales: Tensor, qzeros: Tensor | None, group_size: int, layout: str
+) -> tuple[int, int]:
+    torch._check(
+        layout == "gemm" or layout not in _PACKED_ALONG_N,
+        lambda: f"awq_ext::{op}: layout '{layout}' is stored but not computed on; repack it to 'gemm' first",
+    )
+    n, k = _code_shape(op, qweight, layout)
+    groups = k // _group(op, group_size, k)
+    scales_ok = scales.dtype in _FLOATS and scales.dim() == 2 and scales.shape[0] == groups and scales.shape[1] == n
+    _check(scales_ok, op, "scales", f"[{groups}, {n}] float", scales)
+    if qzeros is not None:
+        zeros_ok = (
+            qzeros.dtype == torch.int32
+            and qzeros.dim() == 2
+            and qzeros.shape[0] == groups
+            and qzeros.shape[1] * 8 == n
+        )
+        _check(zeros_ok, op, "qzeros", f"[{groups}, {n // 8}] int32", qzeros)
+    return k, n

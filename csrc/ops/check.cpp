@@ -1,0 +1,206 @@
+#include "check.h"
+
+#include <torch/headeronly/macros/Macros.h>
+
+namespace awq::ops {
+namespace {
+
+const char* dtype_name(ScalarType t) {
+  switch (t) {
+    case ScalarType::Byte: return "uint8";
+    case ScalarType::Char: return "int8";
+    case ScalarType::Short: return "int16";
+    case ScalarType::Int: return "int32";
+    case ScalarType::Long: return "int64";
+    case ScalarType::Half: return "float16";
+    case ScalarType::BFloat16: return "bfloat16";
+    case ScalarType::Float: return "float32";
+    case ScalarType::Double: return "float64";
+    case ScalarType::Bool: return "bool";
+    default: return "another dtype";
+  }
+}
+
+std::string shape_text(std::initializer_list<std::int64_t> sizes) {
+  std::string text = "[";
+  for (const std::int64_t size : sizes) text += (text.size() > 1 ? ", " : "") + std::to_string(size);
+  return text + "]";
+}
+
+bool has_shape(const Tensor& t, std::initializer_list<std::int64_t> sizes) {
+  if (t.dim() != static_cast<std::int64_t>(sizes.size())) return false;
+  std::int64_t i = 0;
+  for (const std::int64_t size : sizes)
+    if (t.size(i++) != size) return false;
+  return true;
+}
+
+void expect(const char* op, const char* name, const Tensor& t, std::initializer_list<std::int64_t> sizes,
+            const char* meaning, ScalarType dtype) {
+  STD_TORCH_CHECK(has_shape(t, sizes) && t.scalar_type() == dtype, "awq_ext::", op, ": ", name, " must be ", meaning,
+                  " = ", shape_text(sizes), " ", dtype_name(dtype), ", got ", describe(t));
+}
+
+void expect_float(const char* op, const char* name, const Tensor& t, std::initializer_list<std::int64_t> sizes,
+                  const char* meaning) {
+  float_type(op, name, t);
+  STD_TORCH_CHECK(has_shape(t, sizes), "awq_ext::", op, ": ", name, " must be ", meaning, " = ", shape_text(sizes),
+                  ", got ", describe(t));
+}
+
+}  // namespace
+
+std::string describe(const Tensor& t) {
+  std::string text = "[";
+  for (std::int64_t i = 0; i < t.dim(); ++i) text += (i ? ", " : "") + std::to_string(t.size(i));
+  text += std::string("] ") + dtype_name(t.scalar_type());
+  if (t.is_cpu()) return text + " on cpu";
+  if (t.is_cuda()) return text + " on cuda:" + std::to_string(t.get_device_index());
+  return text;
+}
+
+core::DType float_type(const char* op, const char* name, const Tensor& t, bool allow_f64) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float: return core::DType::f32;
+    case ScalarType::Half: return core::DType::f16;
+    case ScalarType::BFloat16: return core::DType::bf16;
+    case ScalarType::Double:
+      if (allow_f64) return core::DType::f64;
+      [[fallthrough]];
+    default:
+      STD_TORCH_CHECK(false, "awq_ext::", op, ": ", name, " must be float32, float16", allow_f64 ? ", bfloat16 or float64"
+                                                                                                : " or bfloat16",
+                      ", got ", describe(t));
+  }
+}
+
+core::DType scale_type(const char* op, std::optional<ScalarType> dtype) {
+  switch (dtype.value_or(ScalarType::Half)) {
+    case ScalarType::Half: return core::DType::f16;
+    case ScalarType::BFloat16: return core::DType::bf16;
+    case ScalarType::Float: return core::DType::f32;
+    default:
+      STD_TORCH_CHECK(false, "awq_ext::", op, ": dtype must be float16, bfloat16 or float32, got ",
+                      dtype_name(*dtype));
+  }
+}
+
+ScalarType to_scalar_type(core::DType t) {
+  switch (t) {
+    case core::DType::f16: return ScalarType::Half;
+    case core::DType::bf16: return ScalarType::BFloat16;
+    case core::DType::f32: return ScalarType::Float;
+    default: return ScalarType::Double;
+  }
+}
+
+const core::Layout& layout_of(const char* op, const std::string& name) {
+  const core::Layout* layout = core::find_layout(name);
+  if (layout == nullptr) {
+    std::string known;
+    for (const core::Layout& l : core::kLayouts) known += (known.empty() ? "" : ", ") + std::string(l.name);
+    STD_TORCH_CHECK(false, "awq_ext::", op, ": unknown layout '", name, "', expected one of ", known);
+  }
+  return *layout;
+}
+
+const core::Layout& compute_layout(const char* op, const std::string& name) {
+  const core::Layout& layout = layout_of(op, name);
+  STD_TORCH_CHECK(layout.name == "gemm", "awq_ext::", op, ": layout '", name,
+                  "' is stored but not computed on; convert the words with awq_ext::repack(src='", name,
+                  "', dst='gemm') first");
+  return layout;
+}
+
+std::int64_t group_of(const char* op, std::int64_t group_size, std::int64_t k) {
+  const std::int64_t group = group_size == -1 ? (k > 0 ? k : 1) : group_size;
+  STD_TORCH_CHECK(group > 0, "awq_ext::", op, ": group_size must be positive, or -1 for one group over in_features; got ",
+                  group_size);
+  STD_TORCH_CHECK(k % group == 0, "awq_ext::", op, ": in_features must be a multiple of group_size, got in_features ", k,
+                  " and group_size ", group_size);
+  return group;
+}
+
+WeightShape check_weight(const char* op, const Tensor& qweight, const Tensor& scales, const OptionalTensor& qzeros,
+                         std::int64_t group_size, const std::string& layout) {
+  const core::CodeShape codes = check_words(op, qweight, compute_layout(op, layout));
+  const std::int64_t n = codes.n, k = codes.k;
+  const std::int64_t group = group_of(op, group_size, k);
+  const std::int64_t groups = k / group;
+  expect_float(op, "scales", scales, {groups, n}, "[in_features/group_size, out_features]");
+  check_same_device(op, qweight, "qweight", scales, "scales");
+  if (qzeros) {
+    expect(op, "qzeros", *qzeros, {groups, n / core::kCodesPerWord}, "[in_features/group_size, out_features/8]",
+           ScalarType::Int);
+    check_same_device(op, qweight, "qweight", *qzeros, "qzeros");
+  }
+  return {n, k, group, groups};
+}
+
+LinearShape check_linear(const Tensor& x, const Tensor& qweight, const Tensor& scales, const OptionalTensor& qzeros,
+                         const OptionalTensor& bias, std::int64_t group_size, const std::string& layout) {
+  float_type("linear", "x", x, x.is_cpu());
+  const WeightShape w = check_weight("linear", qweight, scales, qzeros, group_size, layout);
+  STD_TORCH_CHECK(x.dim() >= 1 && x.size(x.dim() - 1) == w.k, "awq_ext::linear: x must be [..., in_features] = [..., ",
+                  w.k, "], got ", describe(x));
+  check_same_device("linear", x, "x", qweight, "qweight");
+  if (bias) {
+    expect_float("linear", "bias", *bias, {w.n}, "[out_features]");
+    check_same_device("linear", x, "x", *bias, "bias");
+  }
+  std::int64_t m = 1;
+  for (std::int64_t i = 0; i + 1 < x.dim(); ++i) m *= x.size(i);
+  return {m, w};
+}
+
+WeightShape check_float_weight(const char* op, const Tensor& w, std::int64_t group_size) {
+  float_type(op, "w", w);
+  STD_TORCH_CHECK(w.dim() == 2, "awq_ext::", op, ": w must be [out_features, in_features], got ", describe(w));
+  const std::int64_t n = w.size(0), k = w.size(1);
+  const std::int64_t group = group_of(op, group_size, k);
+  return {n, k, group, k / group};
+}
+
+void check_range(const char* op, const OptionalTensor& range, const Tensor& w, const WeightShape& shape) {
+  if (!range) return;
+  expect(op, "range", *range, {shape.n, shape.groups, 2}, "[out_features, in_features/group_size, 2]",
+         ScalarType::Float);
+  check_same_device(op, w, "w", *range, "range");
+}
+
+void check_packable(const char* op, std::int64_t n, std::int64_t k, const core::Layout& layout) {
+  const bool along_n = layout.packed == core::Axis::n;
+  STD_TORCH_CHECK((along_n ? n : k) % core::kCodesPerWord == 0, "awq_ext::", op, ": layout '", std::string(layout.name),
+                  "' packs eight ", along_n ? "out_features" : "in_features", " a word, so their number must be a ",
+                  "multiple of 8, got ", along_n ? n : k);
+}
+
+void check_codes(const char* op, const Tensor& q, const core::Layout& layout) {
+  STD_TORCH_CHECK(q.dim() == 2 && q.scalar_type() == ScalarType::Byte, "awq_ext::", op,
+                  ": q must be [out_features, in_features] uint8, got ", describe(q));
+  check_packable(op, q.size(0), q.size(1), layout);
+}
+
+core::CodeShape check_words(const char* op, const Tensor& words, const core::Layout& layout) {
+  STD_TORCH_CHECK(words.dim() == 2 && words.scalar_type() == ScalarType::Int, "awq_ext::", op,
+                  ": qweight must be a matrix of int32 words in layout '", std::string(layout.name), "', got ",
+                  describe(words));
+  return core::code_shape(layout, words.size(0), words.size(1));
+}
+
+void check_same_device(const char* op, const Tensor& first, const char* first_name, const Tensor& other,
+                       const char* other_name) {
+  const bool same = first.is_cpu() == other.is_cpu() && first.is_cuda() == other.is_cuda() &&
+                    (first.is_cpu() || first.get_device_index() == other.get_device_index());
+  STD_TORCH_CHECK(same, "awq_ext::", op, ": ", other_name, " must be on the device of ", first_name, ", got ",
+                  first_name, " ", describe(first), " and ", other_name, " ", describe(other));
+}
+
+std::vector<std::int64_t> output_sizes(const Tensor& x, std::int64_t n) {
+  std::vector<std::int64_t> sizes;
+  for (std::int64_t i = 0; i + 1 < x.dim(); ++i) sizes.push_back(x.size(i));
+  sizes.push_back(n);
+  return sizes;
+}
+
+}  // namespace awq::ops

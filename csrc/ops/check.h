@@ -1,0 +1,58 @@
+// Argument checks, the same for every device. Each message names op and tensor, what was expected, what was got.
+#pragma once
+#include "../core/layout.h"
+#include "../core/types.h"
+#include "stable.h"
+
+namespace awq::ops {
+
+/// "[2, 3] int32 on cpu" for messages.
+std::string describe(const Tensor& t);
+
+/// dtype as the kernels know it; refuses what is not a floating point type they compute with.
+core::DType float_type(const char* op, const char* name, const Tensor& t, bool allow_f64 = false);
+
+/// The storage dtype of scales: `dtype` or float16.
+core::DType scale_type(const char* op, std::optional<ScalarType> dtype);
+ScalarType to_scalar_type(core::DType t);
+
+const core::Layout& layout_of(const char* op, const std::string& name);
+
+/// The layout of that name if kernels compute on it (today: gemm); else an error that names `repack`.
+const core::Layout& compute_layout(const char* op, const std::string& name);
+
+/// group_size as the user gives it (-1: the whole of k) -> g; refuses what does not divide k.
+std::int64_t group_of(const char* op, std::int64_t group_size, std::int64_t k);
+
+/// A packed weight in a layout that kernels compute on.
+struct WeightShape {
+  std::int64_t n, k, group, groups;
+};
+WeightShape check_weight(const char* op, const Tensor& qweight, const Tensor& scales, const OptionalTensor& qzeros,
+                         std::int64_t group_size, const std::string& layout);
+
+struct LinearShape {
+  std::int64_t m;
+  WeightShape w;
+};
+LinearShape check_linear(const Tensor& x, const Tensor& qweight, const Tensor& scales, const OptionalTensor& qzeros,
+                         const OptionalTensor& bias, std::int64_t group_size, const std::string& layout);
+
+/// [n, k] float weight for quantize and the searches.
+WeightShape check_float_weight(const char* op, const Tensor& w, std::int64_t group_size);
+void check_range(const char* op, const OptionalTensor& range, const Tensor& w, const WeightShape& shape);
+
+/// q uint8 [n, k] that `layout` can pack.
+void check_codes(const char* op, const Tensor& q, const core::Layout& layout);
+/// int32 words; returns n and k.
+core::CodeShape check_words(const char* op, const Tensor& words, const core::Layout& layout);
+/// Refuses codes of shape [n, k] that `layout` cannot hold.
+void check_packable(const char* op, std::int64_t n, std::int64_t k, const core::Layout& layout);
+
+void check_same_device(const char* op, const Tensor& first, const char* first_name, const Tensor& other,
+                       const char* other_name);
+
+/// x.sizes() with the last one replaced by n.
+std::vector<std::int64_t> output_sizes(const Tensor& x, std::int64_t n);
+
+}  // namespace awq::ops

@@ -1,0 +1,52 @@
+// Every operator of the library, one paragraph each. n = out_features, k = in_features, g = group_size (-1 means k),
+// G = k / g. A weight is W[n, k] = (q[n, k] - z[n, k/g]) * s[n, k/g] with codes q and zeros z in 0..15.
+#include "stable.h"
+
+STABLE_TORCH_LIBRARY(awq_ext, m) {
+  // y = x W^T + bias.
+  //   x [..., k] float32|float16|bfloat16|float64 (float64 on a CPU only), any strides; y has x's dtype, [..., n]
+  //   qweight int32 [k, n/8], scales float [G, n], qzeros int32 [G, n/8] (None: every zero is 8), bias float [n]
+  m.def(
+      "linear(Tensor x, Tensor qweight, Tensor scales, Tensor? qzeros=None, Tensor? bias=None, *, "
+      "int group_size, str layout=\"gemm\") -> Tensor");
+
+  // W [n, k] in `dtype` (None: the dtype of scales), from the tensors that `linear` takes.
+  m.def(
+      "dequantize(Tensor qweight, Tensor scales, Tensor? qzeros=None, *, "
+      "int group_size, str layout=\"gemm\", ScalarType? dtype=None) -> Tensor");
+
+  // Rounds w float [n, k] to nearest, per group: q uint8 [n, k], scales `dtype` (None: float16) [n, G],
+  // zeros uint8 [n, G]. range float32 [n, G, 2] = lowest and highest value of each group to represent
+  // (None: the group's own minimum and maximum); weights outside saturate. zero_point=False: z = 8, symmetric.
+  m.def(
+      "quantize(Tensor w, *, int group_size, bool zero_point=True, Tensor? range=None, ScalarType? dtype=None) "
+      "-> (Tensor, Tensor, Tensor)");
+
+  // Codes q uint8 [n, k] -> int32 words of the layout: gemm [k, n/8], gemv [n, k/8], gptq [k/8, n].
+  m.def("pack(Tensor q, *, str layout=\"gemm\") -> Tensor");
+
+  // int32 words of the layout -> codes q uint8 [n, k].
+  m.def("unpack(Tensor qweight, *, str layout=\"gemm\") -> Tensor");
+
+  // int32 words of layout src -> int32 words of layout dst, for the same codes.
+  m.def("repack(Tensor qweight, *, str src, str dst) -> Tensor");
+
+  // AWQ's search for the scale of each input channel that loses least: argmin over candidates c of
+  // sum_rows d gram d^T, d = dequantize(quantize(w * c)) / c - w, that is the mean squared error of w x over all the
+  // tokens that gram was taken from. Candidates: the identity, x_mean^r, and with duo_scaling
+  // x_mean^r / w_mean^(1-r), r = 1/grid .. 1.
+  //   w float [n, k], x_mean float32 [k] = mean |x|, gram float32 [k, k] = mean x^T x,
+  //   tie int64 [k]: channels with the same number share one scale (None: none do)
+  //   -> scale float32 [k], losses float64 [candidates] (losses[0] is the identity's, i.e. round-to-nearest)
+  m.def(
+      "search_scale(Tensor w, Tensor x_mean, Tensor gram, *, int group_size, int grid=20, bool duo_scaling=True, "
+      "bool zero_point=True, Tensor? tie=None, ScalarType? dtype=None) -> (Tensor, Tensor)");
+
+  // The range [n, G, 2] float32 of each group that loses least, for `quantize`: shrinks the group's own range
+  // in `grid` steps down to 1 - max_shrink, at both ends together and at each end alone; the loss of one group is
+  // d gram_gg d^T with gram_gg the g x g block of gram on the diagonal. The whole range is always a candidate.
+  //   w float [n, k], gram float32 [k, k] -> range float32 [n, G, 2]
+  m.def(
+      "search_clip(Tensor w, Tensor gram, *, int group_size, int grid=20, float max_shrink=0.5, "
+      "bool zero_point=True, ScalarType? dtype=None) -> Tensor");
+}
