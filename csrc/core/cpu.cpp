@@ -1,0 +1,47 @@
+#include "cpu.h"
+
+#include <array>
+#include <cstdlib>
+#include <cstring>
+
+namespace awq::core {
+
+const CpuFeatures& cpu_features() {
+  static const CpuFeatures features = [] {
+    CpuFeatures f;
+#if defined(__x86_64__)
+    f.avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    f.avx512 = f.avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+#endif
+    return f;
+  }();
+  return features;
+}
+
+const Kernels* const* all_kernels() {
+  static const std::array<const Kernels*, 4> levels = [] {
+    std::array<const Kernels*, 4> list{};
+    std::size_t count = 0;
+#if defined(__x86_64__)
+    if (cpu_features().avx512) list[count++] = &avx512_kernels();
+    if (cpu_features().avx2) list[count++] = &avx2_kernels();
+#endif
+    list[count] = &portable_kernels();
+    return list;
+  }();
+  return levels.data();
+}
+
+const Kernels& best_kernels() {
+  static const Kernels& best = [] () -> const Kernels& {
+    const Kernels* const* levels = all_kernels();
+    const char* wanted = std::getenv("AWQ_EXT_ISA");
+    for (const Kernels* const* level = levels; wanted != nullptr && *level != nullptr; ++level)
+      if (std::strcmp((*level)->name, wanted) == 0) return **level;
+    return **levels;
+  }();
+  return best;
+}
+
+}  // namespace awq::core

@@ -1,0 +1,59 @@
+// What one instruction-set level offers. Each level is one translation unit (kernels_<level>.cpp) that compiles
+// kernels_impl.h with its own flags; nothing else may be compiled with those flags, since an inline function from a
+// shared header could then be linked in its AVX form into code that runs anywhere.
+#pragma once
+#include <cstdint>
+
+#include "linear.h"
+#include "types.h"
+
+namespace awq::core {
+
+/// A linear call, prepared: x as contiguous float32 with its sums per group.
+struct LinearWork {
+  const LinearArgs* args;
+  const float* x;     // [m, k]
+  const float* x_sum; // [m, groups], the sum of x over each group
+  float* acc;         // [strips, m, strip] scratch; used by decode only
+};
+
+struct Kernels {
+  const char* name;     // "portable", "avx2", "avx512"
+  std::int64_t strip;   // output columns that a linear kernel handles together, a multiple of eight
+  std::int64_t panel;   // columns of a packed triangle that gram_loss handles together
+
+  /// Output strips [begin, end). decode unpacks the words once for every few rows and suits small m; gemm unpacks a
+  /// block to float32 once for 64 rows. Both read only args, x and x_sum and write only their strips of y and acc.
+  void (*linear_decode)(const LinearWork& work, std::int64_t begin, std::int64_t end) noexcept;
+  void (*linear_gemm)(const LinearWork& work, std::int64_t begin, std::int64_t end) noexcept;
+
+  /// Row `row` of x as float32 with the sums of its groups.
+  void (*prepare_row)(const LinearArgs& args, std::int64_t row, float* x, float* x_sum) noexcept;
+
+  /// d = dequantize(quantize(w * scale)) / scale - w for one row of k weights; inv_scale = 1 / scale.
+  /// Returns false if a group's scale is not finite.
+  bool (*quantization_error)(const float* w, const float* scale, const float* inv_scale, float* d, std::int64_t k,
+                             std::int64_t group, bool zero_point, DType scale_type) noexcept;
+
+  /// loss[r] = d_r G d_r^T for `rows` rows of d, [rows, padded(k)] with zeros beyond k, from the packed triangle.
+  void (*gram_loss)(const float* d, std::int64_t rows, const float* triangle, std::int64_t k, double* loss) noexcept;
+};
+
+/// k rounded up to whole panels: the row length of d.
+AWQ_HOST_DEVICE constexpr std::int64_t padded(std::int64_t k, std::int64_t panel) { return (k + panel - 1) / panel * panel; }
+
+/// Floats in the packed triangle of a k x k matrix.
+constexpr std::int64_t triangle_size(std::int64_t k, std::int64_t panel) { return k * padded(k, panel); }
+
+/// Packs the upper triangle of the symmetric matrix `gram` (rows `stride` apart), entries off the diagonal doubled, so
+/// that d G d^T = sum over i <= j of d_i t_ij d_j: half the work of the full product. Panel p holds, for i = 0 .. k-1,
+/// the `panel` entries t[i, p * panel ...]; entries below the diagonal and beyond k are zero.
+void pack_triangle(const float* gram, std::int64_t stride, std::int64_t k, std::int64_t panel, float* triangle);
+
+const Kernels& portable_kernels();
+#if defined(__x86_64__)
+const Kernels& avx2_kernels();
+const Kernels& avx512_kernels();
+#endif
+
+}  // namespace awq::core

@@ -1,0 +1,258 @@
+// The kernels of one level, written once for every level. Included by kernels_<level>.cpp only, and compiled without
+// implicit contraction: multiplications and additions are fused where `fma` says so and nowhere else, so that
+// quantization chooses the same codes at every level.
+//
+// Inside a strip, columns are kept in the order of the words' nibbles: vector i, lane c is column 8c + kAwqOrder[i].
+#include "kernels.h"
+#include "layout.h"
+#include "quantize.h"
+#include "simd.h"
+
+namespace awq::core {
+namespace {
+
+inline constexpr std::int64_t kStrip = std::int64_t{kCodesPerWord} * kLanes;
+inline constexpr std::int64_t kChunk = 128;    // rows of W that gemm unpacks at a time: 64 KiB of floats at 16 lanes
+inline constexpr std::int64_t kRowBlock = 64;  // rows of x that share one unpacked chunk
+
+// The table's order as a plain array: std::array's operator[] is a function, which must not be emitted here.
+struct NibbleOrder {
+  int column[kCodesPerWord];
+};
+constexpr NibbleOrder kOrder = [] {
+  NibbleOrder order{};
+  for (std::size_t i = 0; i < kCodesPerWord; ++i) order.column[i] = kAwqOrder[i];
+  return order;
+}();
+
+inline std::int64_t smaller(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
+
+/// acc[r][v] += sum over i of a[r * lda + i] * b[i * ldb + v * kLanes ...]: the inner loop of all matrix products here.
+template <int kRows, int kVectors>
+inline __attribute__((always_inline)) void multiply_add(const float* a, std::int64_t lda, const float* b,
+                                                        std::int64_t ldb, std::int64_t count,
+                                                        Floats (&acc)[kRows][kVectors]) {
+  for (std::int64_t i = 0; i < count; ++i) {
+    Floats row[kVectors];
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) row[v] = load(b + i * ldb + v * kLanes);
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+      const Floats factor = broadcast(a[r * lda + i]);
+#pragma GCC unroll 8
+      for (int v = 0; v < kVectors; ++v) acc[r][v] = fma(factor, row[v], acc[r][v]);
+    }
+  }
+}
+
+#if defined(__AVX512F__)
+inline constexpr int kTileRows = 6, kTileVectors = 4;  // 24 accumulators of 32 registers
+#else
+inline constexpr int kTileRows = 6, kTileVectors = 2;  // 12 of 16
+#endif
+inline constexpr std::int64_t kPanel = std::int64_t{kTileVectors} * kLanes;
+
+/// Calls f.template operator()<rows>(first) for tiles of kTileRows rows and one tile for the rest.
+template <class F>
+inline void for_row_tiles(std::int64_t rows, F f) {
+  std::int64_t r = 0;
+  for (; r + kTileRows <= rows; r += kTileRows) f.template operator()<kTileRows>(r);
+  switch (rows - r) {
+    case 1: f.template operator()<1>(r); break;
+    case 2: f.template operator()<2>(r); break;
+    case 3: f.template operator()<3>(r); break;
+    case 4: f.template operator()<4>(r); break;
+    case 5: f.template operator()<5>(r); break;
+    default: break;
+  }
+}
+
+// --- linear ---------------------------------------------------------------------------------------------------------
+
+/// The scales of one group and strip, in strip order; zero beyond the last column.
+inline void load_scales(const LinearArgs& a, std::int64_t g, std::int64_t column, float* scales) {
+  float natural[kStrip];
+  const std::int64_t count = smaller(kStrip, a.n - column);
+  for (std::int64_t c = count; c < kStrip; ++c) natural[c] = 0.0f;
+  convert_to_float(a.scales, a.scale_type, g * a.n + column, count, natural);
+  for (int i = 0; i < kCodesPerWord; ++i)
+    for (int c = 0; c < kLanes; ++c) scales[i * kLanes + c] = natural[8 * c + kOrder.column[i]];
+}
+
+/// The words of the zeros of one group and strip.
+inline Words load_zeros(const LinearArgs& a, std::int64_t g, std::int64_t word, std::int64_t count) {
+  if (a.qzeros == nullptr) return Words{} + 0x88888888u;
+  return load_words(a.qzeros + g * (a.n / kCodesPerWord) + word, count);
+}
+
+/// y[row, strip] = acc + bias, in natural column order and y's type.
+inline void store_outputs(const LinearArgs& a, std::int64_t row, std::int64_t column, const float* acc) {
+  const std::int64_t count = smaller(kStrip, a.n - column);
+  float natural[kStrip];
+  for (int i = 0; i < kCodesPerWord; ++i)
+    for (int c = 0; c < kLanes; ++c) natural[8 * c + kOrder.column[i]] = acc[i * kLanes + c];
+  if (a.bias != nullptr) {
+    float bias[kStrip];
+    convert_to_float(a.bias, a.bias_type, column, count, bias);
+    for (std::int64_t c = 0; c < count; ++c) natural[c] += bias[c];
+  }
+  for (std::int64_t c = 0; c < count; ++c) store_as(a.y, a.x_type, row * a.n + column + c, natural[c]);
+}
+
+/// acc (one strip of kRows rows, rows acc_stride apart) += the part of one group:
+/// sum (q - z) s x = s (sum q x - z sum x).
+template <int kRows>
+inline void decode_group(const LinearWork& work, std::int64_t row, std::int64_t g, std::int64_t word,
+                         std::int64_t words, const float* scales, float* acc) {
+  const LinearArgs& a = *work.args;
+  const std::int64_t stride = a.n / kCodesPerWord;
+  const std::uint32_t* w = a.qweight + g * a.group * stride + word;
+  const float* x = work.x + row * a.k + g * a.group;
+  Floats sum[kRows][kCodesPerWord] = {};
+  for (std::int64_t i = 0; i < a.group; ++i) {
+    const Words line = load_words(w + i * stride, words);
+    __builtin_prefetch(w + i * stride + 2 * kLanes);  // two strips on in the same row, so DRAM pages stay open
+#pragma GCC unroll 8
+    for (int v = 0; v < kCodesPerWord; ++v) {
+      const Floats codes = nibble(line, v);
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) sum[r][v] = fma(broadcast(x[r * a.k + i]), codes, sum[r][v]);
+    }
+  }
+  const Words zeros = load_zeros(a, g, word, words);
+  const std::int64_t groups = a.k / a.group;
+  for (int r = 0; r < kRows; ++r) {
+    const Floats total = broadcast(work.x_sum[(row + r) * groups + g]);
+    float* out = acc + r * kStrip;
+#pragma GCC unroll 8
+    for (int v = 0; v < kCodesPerWord; ++v) {
+      const Floats centred = sum[r][v] - nibble(zeros, v) * total;
+      store(out + v * kLanes, fma(load(scales + v * kLanes), centred, load(out + v * kLanes)));
+    }
+  }
+}
+
+void linear_decode(const LinearWork& work, std::int64_t begin, std::int64_t end) noexcept {
+  const LinearArgs& a = *work.args;
+  const std::int64_t all_words = a.n / kCodesPerWord;
+  for (std::int64_t i = begin * a.m * kStrip; i < end * a.m * kStrip; ++i) work.acc[i] = 0.0f;
+  float scales[kStrip];
+  for (std::int64_t g = 0; g < a.k / a.group; ++g)
+    for (std::int64_t strip = begin; strip < end; ++strip) {
+      const std::int64_t word = strip * kLanes, words = smaller(kLanes, all_words - word);
+      load_scales(a, g, strip * kStrip, scales);
+      std::int64_t row = 0;
+#if defined(__AVX512F__)  // two rows need 16 accumulators, which only this level has registers for
+      for (; row + 2 <= a.m; row += 2)
+        decode_group<2>(work, row, g, word, words, scales, work.acc + (strip * a.m + row) * kStrip);
+#endif
+      for (; row < a.m; ++row)
+        decode_group<1>(work, row, g, word, words, scales, work.acc + (strip * a.m + row) * kStrip);
+    }
+  for (std::int64_t strip = begin; strip < end; ++strip)
+    for (std::int64_t row = 0; row < a.m; ++row)
+      store_outputs(a, row, strip * kStrip, work.acc + (strip * a.m + row) * kStrip);
+}
+
+void linear_gemm(const LinearWork& work, std::int64_t begin, std::int64_t end) noexcept {
+  const LinearArgs& a = *work.args;
+  const std::int64_t all_words = a.n / kCodesPerWord;
+  alignas(64) float block[kStrip / kPanel][kChunk][kPanel];  // unpacked weights, panel by panel
+  alignas(64) float acc[kRowBlock][kStrip];
+  float scales[kStrip];
+  for (std::int64_t strip = begin; strip < end; ++strip) {
+    const std::int64_t word = strip * kLanes, words = smaller(kLanes, all_words - word);
+    for (std::int64_t row0 = 0; row0 < a.m; row0 += kRowBlock) {
+      const std::int64_t rows = smaller(kRowBlock, a.m - row0);
+      std::memset(acc, 0, sizeof(float) * static_cast<std::size_t>(rows * kStrip));
+      for (std::int64_t g = 0; g < a.k / a.group; ++g) {
+        load_scales(a, g, strip * kStrip, scales);
+        const Words zeros = load_zeros(a, g, word, words);
+        for (std::int64_t k0 = g * a.group; k0 < (g + 1) * a.group; k0 += kChunk) {
+          const std::int64_t depth = smaller(kChunk, (g + 1) * a.group - k0);
+          for (int v = 0; v < kCodesPerWord; ++v) {
+            const Floats zero = nibble(zeros, v), scale = load(scales + v * kLanes);
+            const std::uint32_t* w = a.qweight + k0 * all_words + word;
+            for (std::int64_t i = 0; i < depth; ++i)
+              store(&block[v / kTileVectors][i][v % kTileVectors * kLanes],
+                    (nibble(load_words(w + i * all_words, words), v) - zero) * scale);
+          }
+          for (std::int64_t p = 0; p < kStrip / kPanel; ++p)
+            for_row_tiles(rows, [&]<int kRows>(std::int64_t r) {
+              Floats sum[kRows][kTileVectors];
+              for (int t = 0; t < kRows; ++t)
+                for (int v = 0; v < kTileVectors; ++v) sum[t][v] = load(&acc[r + t][p * kPanel + v * kLanes]);
+              multiply_add(work.x + (row0 + r) * a.k + k0, a.k, block[p][0], kPanel, depth, sum);
+              for (int t = 0; t < kRows; ++t)
+                for (int v = 0; v < kTileVectors; ++v) store(&acc[r + t][p * kPanel + v * kLanes], sum[t][v]);
+            });
+        }
+      }
+      for (std::int64_t r = 0; r < rows; ++r) store_outputs(a, row0 + r, strip * kStrip, acc[r]);
+    }
+  }
+}
+
+void prepare_row(const LinearArgs& a, std::int64_t row, float* x, float* x_sum) noexcept {
+  convert_to_float(a.x, a.x_type, row * a.x_stride, a.k, x);
+  for (std::int64_t g = 0; g < a.k / a.group; ++g) {
+    float lanes[kLanes] = {};  // a fixed number of partial sums, so that the loop vectorises in one order
+    std::int64_t i = g * a.group;
+    for (; i + kLanes <= (g + 1) * a.group; i += kLanes)
+      for (int c = 0; c < kLanes; ++c) lanes[c] += x[i + c];
+    float sum = 0.0f;
+    for (; i < (g + 1) * a.group; ++i) sum += x[i];
+    for (int c = 0; c < kLanes; ++c) sum += lanes[c];
+    x_sum[g] = sum;
+  }
+}
+
+// --- search ---------------------------------------------------------------------------------------------------------
+
+bool quantization_error(const float* w, const float* scale, const float* inv_scale, float* d, std::int64_t k,
+                        std::int64_t group, bool zero_point, DType scale_type) noexcept {
+  for (std::int64_t g = 0; g < k; g += group) {
+    float lo = 0.0f, hi = 0.0f, poison = 0.0f;
+    for (std::int64_t i = g; i < g + group; ++i) {
+      const float v = w[i] * scale[i];
+      d[i] = v;
+      lo = v < lo ? v : lo;
+      hi = v > hi ? v : hi;
+      poison += v * 0.0f;
+    }
+    const GroupParameters p = group_parameters(lo + poison, hi + poison, zero_point, scale_type);
+    if (!(p.scale - p.scale == 0.0f)) return false;
+    for (std::int64_t i = g; i < g + group; ++i)
+      d[i] = dequantize_code(round_code(d[i], p), p) * inv_scale[i] - w[i];
+  }
+  return true;
+}
+
+void gram_loss(const float* d, std::int64_t rows, const float* triangle, std::int64_t k, double* loss) noexcept {
+  const std::int64_t ld = padded(k, kPanel);
+  for (std::int64_t r = 0; r < rows; ++r) loss[r] = 0.0;
+  for (std::int64_t j = 0; j < ld; j += kPanel) {
+    const float* panel = triangle + j * k;
+    const std::int64_t depth = smaller(k, j + kPanel);  // below that the triangle is zero
+    for_row_tiles(rows, [&]<int kRows>(std::int64_t r) {
+      Floats sum[kRows][kTileVectors] = {};
+      multiply_add(d + r * ld, ld, panel, kPanel, depth, sum);
+      for (int t = 0; t < kRows; ++t) {
+        Floats products = {};
+        for (int v = 0; v < kTileVectors; ++v)
+          products = fma(sum[t][v], load(d + (r + t) * ld + j + v * kLanes), products);
+        double total = 0.0;
+        for (int c = 0; c < kLanes; ++c) total += static_cast<double>(products[c]);
+        loss[r + t] += total;
+      }
+    });
+  }
+}
+
+constexpr Kernels make_kernels(const char* name) {
+  return {name,        kStrip,      kPanel,             linear_decode, linear_gemm,
+          prepare_row, quantization_error, gram_loss};
+}
+
+}  // namespace
+}  // namespace awq::core

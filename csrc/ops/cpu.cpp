@@ -1,0 +1,302 @@
+// The operators on a CPU: check, plan, allocate, run. Nothing may throw inside a parallel body.
+#include "../core/cpu.h"
+#include "../core/linear.h"
+#include "../core/pack.h"
+#include "../core/plan.h"
+#include "../core/quantize.h"
+#include "../core/search.h"
+
+#include <algorithm>
+#include <atomic>
+#include <vector>
+
+#include "check.h"
+
+namespace awq::ops {
+namespace {
+
+using torch::stable::contiguous;
+using torch::stable::new_empty;
+using torch::stable::parallel_for;
+
+constexpr std::int64_t kGrainBytes = 1 << 15;  // memory traffic that is worth a thread of its own
+
+std::int64_t grain(std::int64_t bytes_per_item) {
+  return std::max<std::int64_t>(1, kGrainBytes / std::max<std::int64_t>(1, bytes_per_item));
+}
+
+const std::uint32_t* words_of(const Tensor& t) { return static_cast<const std::uint32_t*>(t.const_data_ptr()); }
+std::uint32_t* words_of(Tensor& t) { return static_cast<std::uint32_t*>(t.mutable_data_ptr()); }
+
+/// An optional tensor, contiguous.
+OptionalTensor contiguous_or_none(const OptionalTensor& t) {
+  return t ? OptionalTensor(contiguous(*t)) : std::nullopt;
+}
+
+/// x as rows of adjacent elements at one stride: itself when its leading dimensions already are, else a copy.
+Tensor as_rows(const Tensor& x, std::int64_t& stride) {
+  const std::int64_t dims = x.dim();
+  stride = dims >= 2 ? x.stride(dims - 2) : x.size(dims - 1);
+  bool rows = x.stride(dims - 1) == 1 || x.size(dims - 1) <= 1;
+  for (std::int64_t i = dims - 3; i >= 0; --i) rows &= x.stride(i) == x.stride(i + 1) * x.size(i + 1);
+  if (rows) return x;
+  stride = x.size(dims - 1);
+  return contiguous(x);
+}
+
+Tensor linear(const Tensor& x, const Tensor& qweight, const Tensor& scales, OptionalTensor qzeros, OptionalTensor bias,
+              std::int64_t group_size, std::string layout) {
+  const LinearShape shape = check_linear(x, qweight, scales, qzeros, bias, group_size, layout);
+  const auto [n, k, group, groups] = shape.w;
+  Tensor y = new_empty(x, output_sizes(x, n));
+  if (shape.m == 0 || n == 0) return y;
+
+  core::LinearArgs args{};
+  const Tensor rows = as_rows(x, args.x_stride);
+  const Tensor weight = contiguous(qweight), scale = contiguous(scales);
+  const OptionalTensor zero = contiguous_or_none(qzeros), offset = contiguous_or_none(bias);
+  args.x = rows.const_data_ptr();
+  args.qweight = words_of(weight);
+  args.scales = scale.const_data_ptr();
+  args.qzeros = zero ? words_of(*zero) : nullptr;
+  args.bias = offset ? offset->const_data_ptr() : nullptr;
+  args.y = y.mutable_data_ptr();
+  args.m = shape.m, args.n = n, args.k = k, args.group = group;
+  args.x_type = float_type("linear", "x", x, true);
+  args.scale_type = float_type("linear", "scales", scales);
+  args.bias_type = offset ? float_type("linear", "bias", *offset) : core::DType::f32;
+
+  const core::Kernels& kernels = core::best_kernels();
+  const core::LinearPlan plan = core::plan_linear(args.m, n, k, args.x_type, kernels);
+  if (plan.kernel == core::LinearKernel::reference) {
+    parallel_for(0, plan.tiles, plan.grain, [&](std::int64_t begin, std::int64_t end) noexcept {
+      core::linear_reference(args, begin * plan.tile, std::min(end * plan.tile, n));
+    });
+    return y;
+  }
+
+  const bool decode = plan.kernel == core::LinearKernel::decode;
+  const std::int64_t prepared = args.m * k, sums = args.m * groups;
+  const std::int64_t scratch = decode ? plan.tiles * args.m * plan.tile : 0;
+  Tensor work = new_empty(x, {prepared + sums + scratch}, ScalarType::Float);
+  auto* x_float = static_cast<float*>(work.mutable_data_ptr());
+  const core::LinearWork job{&args, x_float, x_float + prepared, x_float + prepared + sums};
+  parallel_for(0, args.m, grain(k * 8), [&](std::int64_t begin, std::int64_t end) noexcept {
+    for (std::int64_t row = begin; row < end; ++row)
+      kernels.prepare_row(args, row, x_float + row * k, x_float + prepared + row * groups);
+  });
+  const auto run = decode ? kernels.linear_decode : kernels.linear_gemm;
+  parallel_for(0, plan.tiles, plan.grain,
+               [&](std::int64_t begin, std::int64_t end) noexcept { run(job, begin, end); });
+  return y;
+}
+
+Tensor dequantize(const Tensor& qweight, const Tensor& scales, OptionalTensor qzeros, std::int64_t group_size,
+                  std::string layout, std::optional<ScalarType> dtype) {
+  const auto [n, k, group, groups] = check_weight("dequantize", qweight, scales, qzeros, group_size, layout);
+  const core::DType w_type = scale_type("dequantize", dtype ? *dtype : scales.scalar_type());
+  Tensor w = new_empty(scales, {n, k}, to_scalar_type(w_type));
+  const Tensor weight = contiguous(qweight), scale = contiguous(scales);
+  const OptionalTensor zero = contiguous_or_none(qzeros);
+  const core::DequantizeArgs args{words_of(weight),
+                                  zero ? words_of(*zero) : nullptr,
+                                  scale.const_data_ptr(),
+                                  w.mutable_data_ptr(),
+                                  n, k, group,
+                                  float_type("dequantize", "scales", scales), w_type};
+  parallel_for(0, n / 8, grain(k * 8 * 3), [&](std::int64_t begin, std::int64_t end) noexcept {
+    core::dequantize_rows(args, begin * 8, end * 8);
+  });
+  return w;
+}
+
+std::tuple<Tensor, Tensor, Tensor> quantize(const Tensor& w, std::int64_t group_size, bool zero_point,
+                                            OptionalTensor range, std::optional<ScalarType> dtype) {
+  const auto [n, k, group, groups] = check_float_weight("quantize", w, group_size);
+  check_range("quantize", range, w, {n, k, group, groups});
+  const core::DType type = scale_type("quantize", dtype);
+  Tensor q = new_empty(w, {n, k}, ScalarType::Byte);
+  Tensor scales = new_empty(w, {n, groups}, to_scalar_type(type));
+  Tensor zeros = new_empty(w, {n, groups}, ScalarType::Byte);
+  std::int64_t stride = 0;
+  const Tensor rows = as_rows(w, stride);
+  const OptionalTensor ends = contiguous_or_none(range);
+  const core::QuantizeArgs args{rows.const_data_ptr(),
+                                ends ? static_cast<const float*>(ends->const_data_ptr()) : nullptr,
+                                static_cast<std::uint8_t*>(q.mutable_data_ptr()),
+                                scales.mutable_data_ptr(),
+                                static_cast<std::uint8_t*>(zeros.mutable_data_ptr()),
+                                n, k, group, stride,
+                                float_type("quantize", "w", w), type, zero_point};
+  std::atomic<std::int64_t> bad{n};  // the first row that failed, whatever thread met it
+  parallel_for(0, n, grain(k * 5), [&](std::int64_t begin, std::int64_t end) noexcept {
+    const std::int64_t row = core::quantize_rows(args, begin, end);
+    if (row < 0) return;
+    std::int64_t first = bad.load();
+    while (row < first && !bad.compare_exchange_weak(first, row)) {
+    }
+  });
+  STD_TORCH_CHECK(bad == n, "awq_ext::quantize: row ", bad.load(),
+                  " of w (or of range) has a NaN, an infinity, or values too large for a scale of the dtype asked for; "
+                  "weights must be finite");
+  return {q, scales, zeros};
+}
+
+Tensor pack(const Tensor& q, std::string layout) {
+  const core::Layout& to = layout_of("pack", layout);
+  check_codes("pack", q, to);
+  const std::int64_t n = q.size(0), k = q.size(1);
+  const core::WordShape shape = core::word_shape(to, n, k);
+  const Tensor codes = contiguous(q);
+  Tensor words = new_empty(q, {shape.rows, shape.cols}, ScalarType::Int);
+  std::atomic<bool> fits{true};
+  parallel_for(0, shape.rows, grain(shape.cols * 12), [&](std::int64_t begin, std::int64_t end) noexcept {
+    if (!core::pack_rows(to, static_cast<const std::uint8_t*>(codes.const_data_ptr()), n, k, words_of(words), begin, end))
+      fits = false;
+  });
+  STD_TORCH_CHECK(fits, "awq_ext::pack: q must hold codes 0..15, got a larger value");
+  return words;
+}
+
+Tensor unpack(const Tensor& qweight, std::string layout) {
+  const core::Layout& from = layout_of("unpack", layout);
+  const auto [n, k] = check_words("unpack", qweight, from);
+  const core::WordShape shape = core::word_shape(from, n, k);
+  const Tensor words = contiguous(qweight);
+  Tensor q = new_empty(qweight, {n, k}, ScalarType::Byte);
+  parallel_for(0, shape.rows, grain(shape.cols * 12), [&, n = n, k = k](std::int64_t begin, std::int64_t end) noexcept {
+    core::unpack_rows(from, words_of(words), n, k, static_cast<std::uint8_t*>(q.mutable_data_ptr()), begin, end);
+  });
+  return q;
+}
+
+Tensor repack(const Tensor& qweight, std::string src, std::string dst) {
+  const auto [n, k] = check_words("repack", qweight, layout_of("repack", src));
+  check_packable("repack", n, k, layout_of("repack", dst));
+  return pack(unpack(qweight, src), dst);
+}
+
+// --- searches -------------------------------------------------------------------------------------------------------
+
+void check_gram(const char* op, const Tensor& gram, std::int64_t k) {
+  STD_TORCH_CHECK(gram.dim() == 2 && gram.size(0) == k && gram.size(1) == k && gram.scalar_type() == ScalarType::Float,
+                  "awq_ext::", op, ": gram must be [in_features, in_features] = [", k, ", ", k, "] float32, got ",
+                  describe(gram));
+}
+
+/// Runs body(item, scratch) for items [0, count), each on one thread with that thread's own scratch.
+template <class Body>
+void for_items(const Tensor& like, std::int64_t count, std::int64_t scratch_size, const Body& body) {
+  const std::int64_t threads = std::min<std::int64_t>(count, torch::stable::get_num_threads());
+  if (threads == 0) return;
+  Tensor scratch = new_empty(like, {threads, scratch_size}, ScalarType::Float);
+  auto* base = static_cast<float*>(scratch.mutable_data_ptr());
+  std::atomic<std::int64_t> next{0};
+  parallel_for(0, threads, 1, [&](std::int64_t begin, std::int64_t end) noexcept {
+    for (std::int64_t t = begin; t < end; ++t)
+      for (std::int64_t item; (item = next.fetch_add(1)) < count;) body(item, base + t * scratch_size);
+  });
+}
+
+std::tuple<Tensor, Tensor> search_scale(const Tensor& w, const Tensor& x_mean, const Tensor& gram,
+                                        std::int64_t group_size, std::int64_t grid, bool duo_scaling, bool zero_point,
+                                        OptionalTensor tie, std::optional<ScalarType> dtype) {
+  const auto [n, k, group, groups] = check_float_weight("search_scale", w, group_size);
+  check_gram("search_scale", gram, k);
+  STD_TORCH_CHECK(x_mean.dim() == 1 && x_mean.size(0) == k && x_mean.scalar_type() == ScalarType::Float,
+                  "awq_ext::search_scale: x_mean must be [in_features] = [", k, "] float32, got ", describe(x_mean));
+  STD_TORCH_CHECK(grid >= 1 && grid <= 1000, "awq_ext::search_scale: grid must be 1..1000, got ", grid);
+  const OptionalTensor ties = contiguous_or_none(tie);
+  const std::int64_t* tie_data = nullptr;
+  if (ties) {
+    STD_TORCH_CHECK(ties->dim() == 1 && ties->size(0) == k && ties->scalar_type() == ScalarType::Long,
+                    "awq_ext::search_scale: tie must be [in_features] = [", k, "] int64, got ", describe(*ties));
+    tie_data = static_cast<const std::int64_t*>(ties->const_data_ptr());
+    for (std::int64_t i = 0; i < k; ++i)
+      STD_TORCH_CHECK(tie_data[i] >= 0 && tie_data[i] < k, "awq_ext::search_scale: tie must hold numbers 0..",
+                      k - 1, ", got ", tie_data[i]);
+  }
+
+  const core::Kernels& kernels = core::best_kernels();
+  const Tensor weight = contiguous(torch::stable::to(w, ScalarType::Float));
+  const Tensor second_moment = contiguous(gram), mean = contiguous(x_mean);
+  const core::SearchArgs args{static_cast<const float*>(weight.const_data_ptr()), n, k, group, zero_point,
+                              scale_type("search_scale", dtype), &kernels};
+  const auto* mean_data = static_cast<const float*>(mean.const_data_ptr());
+  for (std::int64_t i = 0; i < k; ++i)
+    STD_TORCH_CHECK(mean_data[i] >= 0 && mean_data[i] <= std::numeric_limits<float>::max(),
+                    "awq_ext::search_scale: x_mean must be finite and not negative, got ", mean_data[i], " in channel ", i);
+
+  const std::int64_t count = core::candidate_count(grid, duo_scaling);
+  Tensor w_mean = new_empty(w, {k}, ScalarType::Float);
+  auto* w_mean_data = static_cast<float*>(w_mean.mutable_data_ptr());
+  parallel_for(0, groups, 1, [&](std::int64_t begin, std::int64_t end) { core::weight_means(args, begin, end, w_mean_data); });
+  Tensor candidates = new_empty(w, {2, count, k}, ScalarType::Float);  // and their inverses
+  auto* candidate = static_cast<float*>(candidates.mutable_data_ptr());
+  float* inverse = candidate + count * k;
+  core::scale_candidates(mean_data, w_mean_data, tie_data, k, grid, duo_scaling, candidate);
+  for (std::int64_t i = 0; i < count * k; ++i) inverse[i] = 1.0f / candidate[i];
+  Tensor triangle = new_empty(w, {core::triangle_size(k, kernels.panel)}, ScalarType::Float);
+  auto* packed = static_cast<float*>(triangle.mutable_data_ptr());
+  core::pack_triangle(static_cast<const float*>(second_moment.const_data_ptr()), k, k, kernels.panel, packed);
+
+  Tensor scale = new_empty(w, {k}, ScalarType::Float), losses = new_empty(w, {count}, ScalarType::Double);
+  const std::int64_t blocks = (n + core::kSearchRows - 1) / core::kSearchRows;
+  std::vector<double> row_loss(static_cast<std::size_t>(count * n));
+  for_items(w, count * blocks, core::scale_scratch_size(args), [&](std::int64_t item, float* scratch) noexcept {
+    const std::int64_t c = item / blocks, begin = item % blocks * core::kSearchRows;
+    core::scale_losses(args, packed, candidate + c * k, inverse + c * k, begin, std::min(begin + core::kSearchRows, n),
+                       scratch, row_loss.data() + c * n + begin);
+  });
+  auto* loss = static_cast<double*>(losses.mutable_data_ptr());
+  std::int64_t best = 0;
+  for (std::int64_t c = 0; c < count; ++c) {
+    loss[c] = 0.0;
+    for (std::int64_t row = 0; row < n; ++row) loss[c] += row_loss[static_cast<std::size_t>(c * n + row)];
+    if (loss[c] < loss[best]) best = c;
+  }
+  STD_TORCH_CHECK(loss[best] < std::numeric_limits<double>::infinity(),
+                  "awq_ext::search_scale: no candidate has a finite loss; w and gram must be finite");
+  std::copy_n(candidate + best * k, k, static_cast<float*>(scale.mutable_data_ptr()));
+  return {scale, losses};
+}
+
+Tensor search_clip(const Tensor& w, const Tensor& gram, std::int64_t group_size, std::int64_t grid, double max_shrink,
+                   bool zero_point, std::optional<ScalarType> dtype) {
+  const auto [n, k, group, groups] = check_float_weight("search_clip", w, group_size);
+  check_gram("search_clip", gram, k);
+  STD_TORCH_CHECK(grid >= 1 && grid <= 1000, "awq_ext::search_clip: grid must be 1..1000, got ", grid);
+  STD_TORCH_CHECK(max_shrink >= 0 && max_shrink < 1, "awq_ext::search_clip: max_shrink must be in [0, 1), got ", max_shrink);
+  const core::Kernels& kernels = core::best_kernels();
+  const Tensor weight = contiguous(torch::stable::to(w, ScalarType::Float)), second_moment = contiguous(gram);
+  const core::SearchArgs args{static_cast<const float*>(weight.const_data_ptr()), n, k, group, zero_point,
+                              scale_type("search_clip", dtype), &kernels};
+  const std::int64_t size = core::triangle_size(group, kernels.panel);
+  Tensor triangles = new_empty(w, {groups, size}, ScalarType::Float);
+  auto* packed = static_cast<float*>(triangles.mutable_data_ptr());
+  const auto* blocks = static_cast<const float*>(second_moment.const_data_ptr());
+  for (std::int64_t g = 0; g < groups; ++g)
+    core::pack_triangle(blocks + g * group * (k + 1), k, group, kernels.panel, packed + g * size);
+  Tensor range = new_empty(w, {n, groups, 2}, ScalarType::Float);
+  auto* ends = static_cast<float*>(range.mutable_data_ptr());
+  const std::int64_t row_blocks = (n + core::kSearchRows - 1) / core::kSearchRows;
+  for_items(w, row_blocks, core::clip_scratch_size(args, grid), [&](std::int64_t item, float* scratch) noexcept {
+    const std::int64_t begin = item * core::kSearchRows;
+    core::clip_rows(args, packed, grid, max_shrink, begin, std::min(begin + core::kSearchRows, n), scratch, ends);
+  });
+  return range;
+}
+
+}  // namespace
+}  // namespace awq::ops
+
+STABLE_TORCH_LIBRARY_IMPL(awq_ext, CPU, m) {
+  m.impl("linear", TORCH_BOX(&awq::ops::linear));
+  m.impl("dequantize", TORCH_BOX(&awq::ops::dequantize));
+  m.impl("quantize", TORCH_BOX(&awq::ops::quantize));
+  m.impl("pack", TORCH_BOX(&awq::ops::pack));
+  m.impl("unpack", TORCH_BOX(&awq::ops::unpack));
+  m.impl("repack", TORCH_BOX(&awq::ops::repack));
+  m.impl("search_scale", TORCH_BOX(&awq::ops::search_scale));
+  m.impl("search_clip", TORCH_BOX(&awq::ops::search_clip));
+}
