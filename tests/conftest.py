@@ -16,6 +16,14 @@ def add(a, b): return a + b  # the sum of two numbers, whatever they are: 0, 1, 
 """
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu"):
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("needs a CUDA device")
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The directory of shared data beside the checkout ($AWQ_SHARED elsewhere); the test is skipped without it."""

@@ -1,0 +1,413 @@
+"""Load an AutoAWQ ``gemm`` checkpoint into a transformers model, and write one.
+
+The format itself, and the checks on what is read, are in :mod:`awq_ext.format`.
+"""
+
+from __future__ import annotations
+
+import copy
+import fnmatch
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from awq_ext.atomic import replace_directory
+from awq_ext.errors import CheckpointError, UnsupportedModelError
+from awq_ext.format import FLOATS, INDEX, LEGACY_QUANT_FILES, SINGLE, Checkpoint, QuantConfig, check_scales, read_json
+from awq_ext.hub import resolve
+from awq_ext.linear import AwqLinear
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = ["Checkpoint", "QuantConfig", "is_quantized", "load_quantized", "resolve", "save_quantized"]
+
+SHARD_PATTERN = "model-?????-of-?????.safetensors"
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+
+# What belongs to a tokenizer or processor, and is copied from the original model as it is.
+TOKENIZER_FILES = (
+    "*token*.json",
+    "*token*.model",
+    "vocab.*",
+    "merges.txt",
+    "spiece.model",
+    "sentencepiece.*",
+    "chat_template*",
+    "*processor_config.json",
+)
+
+
+def is_quantized(model: nn.Module) -> bool:
+    """Whether the model has at least one AwqLinear."""
+    return any(isinstance(module, AwqLinear) for module in model.modules())
+
+
+# --- loading --------------------------------------------------------------------------------------------------------
+
+
+def load_quantized(
+    path_or_repo: str | os.PathLike[str],
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    revision: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    local_files_only: bool = False,
+) -> PreTrainedModel:
+    """Load an AutoAWQ ``gemm`` checkpoint as a transformers causal language model, in eval mode, on ``device``.
+
+    The linears that have a ``qweight`` in the files become AwqLinear; their tensors keep their stored dtypes, since
+    rounding float16 scales to bfloat16 would change every weight. All other weights are cast to ``dtype``: float32,
+    float16 or bfloat16, None for the one that config.json names. The model is built without memory for its weights
+    and filled tensor by tensor. Code from the checkpoint is never run.
+
+    Raises CheckpointError (see :meth:`Checkpoint.open`; also where tensors and model disagree, naming them),
+    UnsupportedModelError if transformers has no such causal language model, ValueError for another dtype.
+    """
+    checkpoint = Checkpoint.open(
+        path_or_repo, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only
+    )
+    if dtype is None:
+        dtype = _stored_dtype(checkpoint)
+    if dtype not in DTYPES.values():
+        raise ValueError(f"dtype must be float32, float16 or bfloat16, got {dtype}")
+    model = _skeleton(checkpoint, dtype)
+    _swap_linears(checkpoint, model)
+    _fill(checkpoint, model, torch.device(device), dtype)
+    generation = read_json(checkpoint.path, "generation_config.json")
+    if generation is not None:
+        from transformers import GenerationConfig
+
+        try:
+            model.generation_config = GenerationConfig.from_dict(generation)
+        except Exception as error:  # whatever a wrong value leads to
+            raise CheckpointError(f"{checkpoint.path / 'generation_config.json'} is not valid: {error}") from error
+    model.config.quantization_config = checkpoint.quant.to_dict()
+    model.eval()  # type: ignore[no-untyped-call]
+    return model
+
+
+def _stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    """The dtype that config.json names, else that of the largest weight that is not quantized."""
+    config = checkpoint.config
+    nested = config.get("text_config")
+    for fields in (config, nested if isinstance(nested, dict) else {}):
+        name = fields.get("dtype") or fields.get("torch_dtype")
+        if isinstance(name, str) and name in DTYPES:
+            return DTYPES[name]
+    others = [t for name, t in checkpoint.info.items() if t.dtype in FLOATS and not name.endswith(".scales")]
+    largest = max(others, key=lambda t: torch.Size(t.shape).numel(), default=None)
+    return torch.float16 if largest is None else FLOATS[largest.dtype]
+
+
+def _skeleton(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
+    """The model with parameters on the meta device and real buffers (rotary frequencies are in no file)."""
+    try:
+        from accelerate import init_empty_weights
+        from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
+    except ImportError as error:
+        raise CheckpointError(
+            f"a model needs transformers and accelerate: pip install 'awq_ext[hf]' ({error})"
+        ) from error
+    file = checkpoint.path / "config.json"
+    kind = checkpoint.config.get("model_type")
+    if not isinstance(kind, str):
+        raise CheckpointError(f"{file} must name a 'model_type', got {kind!r}")
+    if kind not in CONFIG_MAPPING or CONFIG_MAPPING[kind] not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UnsupportedModelError(
+            f"{file}: the installed transformers has no causal language model of type '{kind}'; try a newer one "
+            "(pip install -U transformers). Models that bring their own code are not loaded"
+        )
+    for key in ("num_hidden_layers", "num_layers", "n_layers", "n_layer"):
+        layers = checkpoint.config.get(key)
+        if isinstance(layers, int) and layers > len(checkpoint.info):
+            raise CheckpointError(f"{file}: '{key}' is {layers}, but the files hold {len(checkpoint.info)} tensors")
+    fields = {k: v for k, v in checkpoint.config.items() if k not in ("quantization_config", "auto_map")}
+    fields["dtype"] = fields["torch_dtype"] = str(dtype).removeprefix("torch.")
+    try:
+        config = CONFIG_MAPPING[kind].from_dict(fields)
+        with init_empty_weights(include_buffers=False):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+                config, trust_remote_code=False
+            )
+        model.tie_weights()  # init_empty_weights gives each of two tied parameters a tensor of its own
+    except Exception as error:  # whatever a wrong value leads to, deep in a model's constructor
+        raise CheckpointError(f"{file} does not describe a '{kind}' model: {type(error).__name__}: {error}") from error
+    return model
+
+
+def _swap_linears(checkpoint: Checkpoint, model: nn.Module) -> None:
+    modules = dict(model.named_modules())
+    for name, linear in checkpoint.linears.items():
+        module = modules.get(name)
+        where = f"{checkpoint.path}: {name}"
+        if not isinstance(module, nn.Linear):
+            got = "no module" if module is None else type(module).__name__
+            raise CheckpointError(f"{where} is quantized in the files, but the model has {got} there, no Linear")
+        expected = (module.in_features, module.out_features)
+        if expected != (linear.in_features, linear.out_features):
+            raise CheckpointError(
+                f"{where}: the model's Linear has in_features, out_features {expected}, "
+                f"the files {(linear.in_features, linear.out_features)}"
+            )
+        parent, _, child = name.rpartition(".")
+        bias = module.bias is not None
+        setattr(modules[parent], child, AwqLinear(*expected, bias=bias, group_size=linear.group_size, device="meta"))
+
+
+def _fill(checkpoint: Checkpoint, model: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> None:
+    """Give every parameter and persistent buffer its stored value on ``device``."""
+    state = model.state_dict(keep_vars=True)
+    names_of: dict[int, list[str]] = {}  # identity of a tensor -> all its names: tied weights have several
+    for name, tensor in state.items():
+        names_of.setdefault(id(tensor), []).append(name)
+    wanted = _match(checkpoint, model, state, list(names_of.values()))
+
+    float32 = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+    if dtype == torch.float16:
+        float32 |= set(getattr(model, "_keep_in_fp32_modules", None) or ())
+    in_float32 = re.compile("|".join(rf"(^|\.){part}($|\.)" for part in sorted(float32)) or r"(?!)")
+
+    filled: dict[int, str] = {}  # identity of a tensor -> the stored name it was filled from
+    for name, stored in checkpoint.tensors(wanted):
+        target = state[name]
+        if name.rpartition(".")[0] in checkpoint.linears or not target.is_floating_point():
+            to = stored.dtype
+        elif isinstance(target, nn.Parameter):
+            to = torch.float32 if in_float32.search(name) else dtype
+        else:
+            to = target.dtype
+        # A copy always: memory of its own is aligned, and independent of what happens to the file later.
+        value = stored.to(device, to, copy=True)
+        if id(target) in filled:
+            other = model.get_parameter(filled[id(target)])
+            if not torch.equal(other, value):
+                raise CheckpointError(
+                    f"{checkpoint.path}: config.json ties {name} to {filled[id(target)]}, but their values differ; "
+                    "set 'tie_word_embeddings' to false there if they are meant to"
+                )
+            continue
+        filled[id(target)] = name
+        _assign(model, names_of[id(target)], value, target)
+    model.to(device)  # type: ignore[arg-type]  # the buffers that are in no file
+    left = [name for name, t in (*model.named_parameters(), *model.named_buffers()) if t.is_meta]
+    if left:
+        raise UnsupportedModelError(f"{type(model).__name__} keeps weights outside its state dict: {_some(left)}")
+
+
+def _assign(model: nn.Module, names: list[str], value: Tensor, target: Tensor) -> None:
+    """Put one tensor in all the places where the model has it."""
+    tensor = nn.Parameter(value, target.requires_grad) if isinstance(target, nn.Parameter) else value
+    for name in names:
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, tensor)
+
+
+def _match(
+    checkpoint: Checkpoint, model: PreTrainedModel, state: dict[str, Tensor], tied: list[list[str]]
+) -> list[str]:
+    """The stored names to load; raises CheckpointError unless files and model agree on names, shapes and types."""
+    missing = [names[0] for names in tied if not any(name in checkpoint.info for name in names)]
+    if missing:
+        raise CheckpointError(f"{checkpoint.path} lacks tensors that the model needs: {_some(missing)}")
+    # Derived values that older versions of transformers stored.
+    ignored = [r"rotary_emb\.inv_freq$", *(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())]
+    unexpected = [
+        name
+        for name in checkpoint.info
+        if name not in state and not any(re.search(pattern, name) for pattern in ignored)
+    ]
+    if unexpected:
+        raise CheckpointError(f"{checkpoint.path} has tensors that the model does not know: {_some(unexpected)}")
+    wanted = [name for name in checkpoint.info if name in state]
+    for name in wanted:
+        tensor, target = checkpoint.info[name], state[name]
+        if tensor.shape != tuple(target.shape) or (tensor.dtype in FLOATS) != target.is_floating_point():
+            raise CheckpointError(
+                f"{checkpoint.path / tensor.shard}: {name} must be {list(target.shape)} {target.dtype}, "
+                f"got {list(tensor.shape)} {tensor.dtype}"
+            )
+    return wanted
+
+
+def _some(names: list[str], most: int = 8) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+# --- writing --------------------------------------------------------------------------------------------------------
+
+
+def save_quantized(
+    model: PreTrainedModel,
+    out: str | os.PathLike[str],
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    max_shard_size: int | str = "5GB",
+    source: str | os.PathLike[str] | None = None,
+) -> Path:
+    """Write a model with AwqLinear modules as an AutoAWQ ``gemm`` checkpoint and return the directory.
+
+    Writes config.json, generation_config.json, model.safetensors (or shards of at most ``max_shard_size`` bytes, or a
+    text such as "5GB", with an index), the files of ``tokenizer``, and copies of the tokenizer files in the directory
+    ``source`` (usually the original model's). Tied weights are written once; float32 scales are written as float16
+    where that is exact.
+
+    All is written beside ``out`` first, read back and synced, then put in its place: an existing checkpoint is
+    replaced at the end or, whatever fails, stays as it is. Its files that are no part of a checkpoint are kept.
+
+    Raises CheckpointError if ``out`` is a link, a mount point, a file, a directory of other things or an unquantized
+    model; if there is too little space or writing fails; if scales are not finite and non-zero or group sizes differ.
+    UnsupportedModelError if the model is no transformers model with an AwqLinear.
+    """
+    from transformers import PreTrainedModel
+
+    if not isinstance(model, PreTrainedModel):
+        raise UnsupportedModelError(f"a checkpoint is made of a transformers model, got {type(model).__name__}")
+    out = Path(out).expanduser().absolute()
+    _check_replaceable(out)
+    quant = _describe(model)
+    tensors = _tensors_to_write(model)
+    source = None if source is None else Path(source)
+    if source is not None and not source.is_dir():
+        raise CheckpointError(f"{source}, to copy tokenizer files from, is not a directory")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        needed, free = sum(tensor.nbytes for tensor in tensors.values()), shutil.disk_usage(out.parent).free
+        if needed > free:
+            raise CheckpointError(
+                f"{out} needs {needed / 1e9:.2f} GB (an existing checkpoint is replaced only once the new one is "
+                f"complete), but {out.parent} has {free / 1e9:.2f} GB free"
+            )
+        with replace_directory(out, is_stale=_is_weight_file) as partial:
+            _write_json(partial / "config.json", _config_fields(model, quant))
+            if model.can_generate():
+                model.generation_config.to_json_file(partial / "generation_config.json")
+            _write_weights(partial, tensors, max_shard_size)
+            for pattern in TOKENIZER_FILES if source is not None else ():
+                for file in source.glob(pattern):  # type: ignore[union-attr]
+                    shutil.copyfile(file, partial / file.name)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(partial)
+            Checkpoint.open(partial)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{out} could not be written, and is as it was before: {error}") from error
+    return out
+
+
+def _is_weight_file(name: str) -> bool:
+    return name in (SINGLE, INDEX, *LEGACY_QUANT_FILES) or fnmatch.fnmatch(name, SHARD_PATTERN)
+
+
+def _check_replaceable(out: Path) -> None:
+    """Refuses to put a checkpoint where it would destroy something else."""
+    if out.is_symlink():
+        raise CheckpointError(f"{out} is a link to {out.resolve()}; give that path itself")
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise CheckpointError(f"{out} is a file; give a directory, it may exist already")
+    if out.is_mount():
+        raise CheckpointError(f"{out} is a mount point and cannot be replaced as a whole; give a directory in it")
+    if not any(out.iterdir()):
+        return
+    config = read_json(out, "config.json")
+    if config is None:
+        raise CheckpointError(f"{out} is not empty and holds no config.json; it is not a checkpoint to be replaced")
+    if "quantization_config" not in config and not any((out / name).is_file() for name in LEGACY_QUANT_FILES):
+        raise CheckpointError(f"{out} holds a model that is not quantized, and would be lost; give another directory")
+
+
+def _describe(model: PreTrainedModel) -> QuantConfig:
+    """The QuantConfig that is true of the model's modules."""
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, AwqLinear)}
+    if not linears:
+        raise UnsupportedModelError(f"{type(model).__name__} has no AwqLinear to write; quantize the model first")
+    for name, module in linears.items():
+        if not module.scales.is_meta:
+            check_scales(f"{name}.scales", module.scales)
+    sizes = {module.group_size for module in linears.values()}
+    if len(sizes) > 1 and any(module.group_size != module.in_features for module in linears.values()):
+        raise CheckpointError(f"a checkpoint has one group size for all its linears, the model has {sorted(sizes)}")
+    stated = getattr(model.config, "quantization_config", None)
+    listed = stated.get("modules_to_not_convert") if isinstance(stated, dict) else None
+    skipped = list(listed or ())
+    head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    for name, module in model.named_modules():
+        # Readers that convert every Linear must be told which ones are plain; the head they never convert.
+        if isinstance(module, nn.Linear) and module is not head and not any(part in name for part in skipped):
+            skipped.append(name)
+    # Zeros are always stored (8 everywhere for symmetric rounding), and readers may refuse to look for them at False.
+    return QuantConfig(
+        group_size=-1 if len(sizes) > 1 else sizes.pop(), zero_point=True, modules_to_not_convert=tuple(skipped)
+    )
+
+
+def _tensors_to_write(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict with each tied tensor once, under its first name."""
+    scales = {f"{name}.scales" for name, module in model.named_modules() if isinstance(module, AwqLinear)}
+    tensors: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if tensor.is_meta:
+            raise UnsupportedModelError(f"{name} is on the meta device, so it has no value to write; load it first")
+        if id(tensor) in seen:
+            continue
+        seen.add(id(tensor))
+        tensor = tensor.detach()
+        if name in scales and tensor.dtype == torch.float32 and torch.equal(tensor.half().float(), tensor):
+            tensor = tensor.half()
+        tensors[name] = tensor
+    return tensors
+
+
+def _write_weights(path: Path, tensors: dict[str, Tensor], max_shard_size: int | str) -> None:
+    split = split_torch_state_dict_into_shards(
+        tensors, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size
+    )
+    for file, names in split.filename_to_tensors.items():
+        shard = {name: _own_memory(tensors[name]) for name in names}
+        save_file(shard, path / file, metadata={"format": "pt"})
+        shutil.copymode(path / "config.json", path / file)  # safetensors gives no right to anybody else
+    if split.is_sharded:
+        weight_map = dict(sorted(split.tensor_to_filename.items()))
+        _write_json(path / INDEX, {"metadata": split.metadata, "weight_map": weight_map})
+
+
+def _own_memory(tensor: Tensor) -> Tensor:
+    """Contiguous on the CPU, and no part of a larger storage: safetensors refuses those that overlap."""
+    tensor = tensor.cpu().contiguous()
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
+
+
+def _config_fields(model: PreTrainedModel, quant: QuantConfig) -> dict[str, Any]:
+    """config.json, readable by transformers 4 and 5 alike."""
+    config = copy.deepcopy(model.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    fields: dict[str, Any] = json.loads(config.to_json_string(use_diff=True))
+    fields["architectures"] = [type(model).__name__]
+    fields["dtype"] = fields["torch_dtype"] = str(model.dtype).removeprefix("torch.")
+    fields["quantization_config"] = quant.to_dict()
+    rope = fields.get("rope_parameters")
+    if isinstance(rope, dict) and "rope_theta" in rope:  # transformers 4 has these at the top
+        apart = ("rope_theta", "partial_rotary_factor")
+        for key in apart:
+            if key in rope:
+                fields.setdefault(key, rope[key])
+        if rope.get("rope_type", "default") != "default":
+            fields.setdefault("rope_scaling", {key: value for key, value in rope.items() if key not in apart})
+    return fields
+
+
+def _write_json(file: Path, fields: dict[str, Any]) -> None:
+    file.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
