@@ -1,0 +1,221 @@
+"""Calibration: text to token windows, and the statistics of what each linear reads, one decoder block at a time."""
+
+from __future__ import annotations
+
+import pydoc_data.topics
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from awq_ext.errors import CalibrationError
+
+BUILTIN_TEXT = "builtin"
+"""The source that needs no file: the language reference that every CPython carries."""
+
+
+def builtin_text() -> tuple[str, str]:
+    """Two disjoint halves of CPython's own help topics: one to calibrate on, one to score on."""
+    topics = pydoc_data.topics.topics
+    text = "\n".join(topics[key] for key in sorted(topics))
+    return text[: len(text) // 2], text[len(text) // 2 :]
+
+
+def load_text(source: str) -> str:
+    """The text of a UTF-8 file, of ``builtin``, or of a dataset on the hub (its first text column, in order).
+
+    Undecodable bytes become U+FFFD. Raises CalibrationError if there is no such file or dataset.
+    """
+    if source == BUILTIN_TEXT:
+        return builtin_text()[0]
+    path = Path(source).expanduser()
+    if path.is_file():
+        return path.read_text(encoding="utf-8", errors="replace")
+    if path.exists() or path.suffix or path.is_absolute() or source.startswith("."):
+        raise CalibrationError(f"calibration text {source!r} is not a file")
+    return _dataset_text(source)
+
+
+def _dataset_text(source: str) -> str:
+    """``name`` or ``name:split`` of a dataset, 'train' unless named."""
+    try:
+        import datasets
+    except ImportError as error:
+        raise CalibrationError(
+            f"{source!r} is no file, and reading it as a dataset needs the package datasets: "
+            "pip install 'awq_ext[hf]', or pass a text file"
+        ) from error
+    name, _, split = source.partition(":")
+    name = {"pileval": "mit-han-lab/pile-val-backup"}.get(name, name)  # AutoAWQ's short name for its default
+    split = split or ("validation" if name == "mit-han-lab/pile-val-backup" else "train")
+    try:
+        rows = datasets.load_dataset(name, split=split)
+    except Exception as error:
+        raise CalibrationError(
+            f"{source!r} is no file, and could not be read as a dataset ({type(error).__name__}: {error}). "
+            "Pass a text file, or 'builtin' for the text that Python itself carries"
+        ) from error
+    column = "text" if "text" in rows.column_names else next(
+        (n for n, f in rows.features.items() if getattr(f, "dtype", None) == "string"), None
+    )
+    if column is None:
+        raise CalibrationError(f"dataset {source!r} has no text column, only {rows.column_names}")
+    return "\n".join(rows[column])
+
+
+def windows(source: Any, tokenizer: Any, samples: int, seq_len: int) -> Tensor:
+    """The first ``samples`` x ``seq_len`` tokens of the calibration data, in order, int64 [samples, seq_len].
+
+    ``source``: text; a list of texts, joined by newlines; token ids as a tensor or a list; a list of token id lists,
+    one after another. No special tokens are added. Raises CalibrationError if there are too few tokens.
+    """
+    if samples < 1 or seq_len < 1:
+        raise CalibrationError(f"samples and seq_len must be positive, got {samples} and {seq_len}")
+    need = samples * seq_len
+    ids = torch.tensor(list(_token_ids(source, tokenizer, need)), dtype=torch.int64)
+    if len(ids) < need:
+        raise CalibrationError(
+            f"the calibration data has {len(ids)} tokens, but {samples} samples of {seq_len} need {need}. "
+            f"Pass more text, or at most {len(ids) // seq_len} samples of {seq_len}"
+        )
+    return ids[:need].view(samples, seq_len)
+
+
+def _token_ids(source: Any, tokenizer: Any, need: int) -> Iterable[int]:
+    if isinstance(source, Tensor):
+        return source.reshape(-1)[:need].tolist()  # type: ignore[no-any-return]
+    if isinstance(source, str):
+        if tokenizer is None:
+            raise CalibrationError("calibration text needs a tokenizer; pass one, or pass token ids")
+        # Eight characters a token are plenty: a long file need not be tokenized whole to take its beginning.
+        ids = tokenizer(source[: need * 8], add_special_tokens=False).input_ids
+        if len(ids) < need and len(source) > need * 8:
+            ids = tokenizer(source, add_special_tokens=False).input_ids
+        return ids[:need]  # type: ignore[no-any-return]
+    if isinstance(source, Sequence) and source:
+        if all(isinstance(item, str) for item in source):
+            return _token_ids("\n".join(source), tokenizer, need)
+        if all(isinstance(item, int) for item in source):
+            return source[:need]
+        if all(isinstance(item, (Sequence, Tensor)) for item in source):
+            return [int(token) for item in source for token in item][:need]
+    raise CalibrationError(
+        "calibration must be a file name, text, a list of texts, token ids, or a list of token id lists; "
+        f"got {type(source).__name__}"
+    )
+
+
+class Statistics:
+    """Of the input x [tokens, k] of a linear: the mean of |x| [k] and the mean of x^T x [k, k], both float32."""
+
+    def __init__(self) -> None:
+        self.tokens = 0
+        self._abs: Tensor | None = None
+        self._gram: Tensor | None = None
+
+    def add(self, x: Tensor) -> None:
+        rows = x.detach().reshape(-1, x.shape[-1]).float()
+        self.tokens += len(rows)
+        if self._abs is None or self._gram is None:
+            self._abs, self._gram = rows.abs().sum(0), rows.T @ rows
+        else:
+            self._abs += rows.abs().sum(0)
+            self._gram.addmm_(rows.T, rows)
+
+    def result(self, name: str) -> tuple[Tensor, Tensor]:
+        """(x_mean, gram) on the CPU. Raises CalibrationError naming the linear if they are missing or not finite."""
+        if self._abs is None or self._gram is None or self.tokens == 0:
+            raise CalibrationError(f"{name} got no calibration token")
+        x_mean, gram = self._abs.cpu() / self.tokens, self._gram.cpu() / self.tokens
+        if not (torch.isfinite(x_mean).all() and torch.isfinite(gram).all()):
+            raise CalibrationError(
+                f"the input of {name} is not finite on the calibration data: the model overflows there in "
+                "float32, or has NaN weights in front of it"
+            )
+        return x_mean, gram
+
+
+@contextmanager
+def watching(readers: Mapping[str, nn.Module]) -> Iterator[dict[str, Statistics]]:
+    """Statistics of the inputs of these modules while the context is open."""
+    statistics = {name: Statistics() for name in readers}
+    hooks = [
+        module.register_forward_pre_hook(lambda _, args, s=statistics[name]: s.add(args[0]))
+        for name, module in readers.items()
+    ]
+    try:
+        yield statistics
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+class _Stop(Exception):
+    """Ends a forward pass that has shown what it was run for."""
+
+
+class BlockInputs:
+    """The hidden states in front of one block, for all calibration windows, moved on block by block.
+
+    Holds [samples, seq_len, hidden] in float32 and, for every block, the other arguments the model calls it with
+    (masks, rotary embeddings: the same for every window, since all are full and of one length).
+    """
+
+    def __init__(self, model: nn.Module, blocks: Sequence[nn.Module], ids: Tensor, batch: int = 4) -> None:
+        self.batch = next(size for size in range(min(batch, len(ids)), 0, -1) if len(ids) % size == 0)
+        device = next(model.parameters()).device
+        self._arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        states: list[Tensor] = []
+
+        def see(index: int) -> Any:
+            def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                hidden = args[0] if args else kwargs["hidden_states"]
+                if index == 0:
+                    states.append(hidden.float())
+                if len(self._arguments) == index:
+                    others = {k: _as_float(v) for k, v in kwargs.items() if k != "hidden_states"}
+                    others.update({k: None for k in others if k in ("past_key_values", "past_key_value")})
+                    self._arguments.append((tuple(_as_float(a) for a in args[1:]), others))
+                if index == len(blocks) - 1 or len(self._arguments) == len(blocks):
+                    raise _Stop
+
+            return hook
+
+        hooks = [block.register_forward_pre_hook(see(i), with_kwargs=True) for i, block in enumerate(blocks)]
+        try:
+            for rows in ids.split(self.batch):
+                try:
+                    model(rows.to(device), use_cache=False)
+                except _Stop:
+                    continue
+        finally:
+            for hook in hooks:
+                hook.remove()
+        if len(self._arguments) != len(blocks):
+            raise CalibrationError(
+                f"the model called {len(self._arguments)} of its {len(blocks)} blocks on the calibration data"
+            )
+        self.hidden = torch.cat(states)
+
+    def run(self, index: int, block: nn.Module) -> Tensor:
+        """The block's output for all windows."""
+        args, kwargs = self._arguments[index]
+        outputs = []
+        for rows in self.hidden.split(self.batch):
+            out = block(rows, *args, **kwargs)
+            outputs.append(out[0] if isinstance(out, tuple) else out)
+        return torch.cat(outputs)
+
+
+def _as_float(value: Any) -> Any:
+    """Half-precision tensors as float32, inside tuples and dicts too: blocks are run in float32."""
+    if isinstance(value, Tensor):
+        return value.float() if value.is_floating_point() else value
+    if isinstance(value, tuple):
+        return tuple(_as_float(item) for item in value)
+    if isinstance(value, dict):
+        return {key: _as_float(item) for key, item in value.items()}
+    return value

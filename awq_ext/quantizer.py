@@ -1,0 +1,433 @@
+"""`quantize`: a model in, the same model with 4-bit linears out, block by block."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from awq_ext import calibrate, ops
+from awq_ext.calibrate import BlockInputs
+from awq_ext.errors import AwqError, CalibrationError, UnsupportedModelError
+from awq_ext.families import FAMILIES, Family, Fold
+from awq_ext.linear import AwqLinear
+from awq_ext.progress import Progress
+from awq_ext.report import FoldReport, LinearReport, Report
+from awq_ext.swap import NEVER_CONVERTED, Decision, decide
+
+GRID = 20
+METHODS = ("awq", "rtn")
+
+
+def quantize(
+    model: Any,
+    tokenizer: Any = None,
+    *,
+    calibration: Any = calibrate.BUILTIN_TEXT,
+    samples: int = 128,
+    seq_len: int = 512,
+    seed: int = 0,
+    w_bit: int = 4,
+    q_group_size: int = 128,
+    zero_point: bool = True,
+    modules_to_not_convert: Sequence[str] | None = None,
+    method: str = "awq",
+    duo_scaling: bool = True,
+    apply_clip: bool = True,
+    quant_config: Mapping[str, Any] | None = None,
+    out: Any = None,
+    progress: Progress | None = None,
+) -> nn.Module:
+    """Quantize a causal language model to 4 bits with AWQ.
+
+    Args:
+        model: a transformers model, quantized in place, or a directory or hub name to load it from.
+        tokenizer: for calibration text; None: loaded from beside the model when ``model`` is a path.
+        calibration: a text file, the name of a dataset on the hub, ``"builtin"`` (CPython's own help text: enough to
+            try things, text like yours is better), a list of texts, or token ids.
+        samples, seq_len: the first ``samples`` x ``seq_len`` tokens of it are used, in order.
+        seed: of torch's generator, for calibration data that draws from it; the search itself uses no randomness.
+        w_bit: 4.
+        q_group_size: input channels that share a scale and a zero; -1 is all of them.
+        zero_point: asymmetric codes (AutoAWQ's default). False: every zero is 8.
+        modules_to_not_convert: parts of names; linears whose full name contains one stay as they are.
+        method: ``"awq"``, or ``"rtn"`` (round-to-nearest, no calibration).
+        duo_scaling: also try scales that take the weights into account.
+        apply_clip: also search for the range of each group.
+        quant_config: AutoAWQ's dictionary; its ``w_bit``, ``q_group_size``, ``zero_point``, ``version`` and
+            ``modules_to_not_convert`` win over the arguments.
+        out: a directory to save the checkpoint to (see :func:`awq_ext.save_quantized`).
+        progress: where to show progress; None: bars on stderr if that is a terminal.
+
+    Returns:
+        The model, its linears replaced by :class:`awq_ext.AwqLinear`, with ``model.awq_report``
+        (:class:`awq_ext.report.Report`). Linears that do not fit or are excluded stay and are listed there.
+
+    Raises:
+        UnsupportedModelError: an architecture without a family, a model that is quantized already, weights that are
+            not finite or not floating point.
+        CalibrationError: too little calibration data, or activations that are not finite.
+        ValueError: arguments that make no sense.
+
+    Weights are searched and rounded in float32 whatever their dtype, one block at a time. Statistics are taken with
+    torch's own matrix product: their last bits, and rarely a choice between equals, may depend on its threads.
+    """
+    config = _merged(
+        quant_config,
+        w_bit=w_bit,
+        q_group_size=q_group_size,
+        zero_point=zero_point,
+        modules_to_not_convert=modules_to_not_convert,
+    )
+    if method not in METHODS:
+        raise ValueError(f"quantize: method must be one of {', '.join(METHODS)}, got {method!r}")
+    torch.manual_seed(seed)
+    start = time.perf_counter()
+    progress = progress or Progress()
+    model, tokenizer = _load(model, tokenizer)
+    with torch.no_grad():
+        report = _Quantizer(model, config, method, duo_scaling, apply_clip, progress).run(
+            lambda: calibrate.windows(
+                calibrate.load_text(calibration) if isinstance(calibration, str) else calibration,
+                tokenizer,
+                samples,
+                seq_len,
+            )
+        )
+    report.seconds = time.perf_counter() - start
+    model.awq_report = report
+    if out is not None:
+        from awq_ext.checkpoint import save_quantized
+
+        save_quantized(model, out, tokenizer)
+    return model  # type: ignore[no-any-return]
+
+
+def _merged(quant_config: Mapping[str, Any] | None, **arguments: Any) -> dict[str, Any]:
+    """The arguments, overruled by AutoAWQ's quant_config, checked."""
+    config = dict(arguments)
+    for key, value in (quant_config or {}).items():
+        if key == "version":
+            if str(value).lower() != "gemm":
+                raise ValueError(f"quantize: version must be GEMM, got {value!r}; other layouts are not written")
+        elif key in config:
+            config[key] = value
+        else:
+            raise ValueError(f"quantize: unknown key {key!r} in quant_config, expected {', '.join(config)} or version")
+    if config["w_bit"] != 4:
+        raise ValueError(f"quantize: w_bit must be 4, got {config['w_bit']!r}")
+    group = config["q_group_size"]
+    if not isinstance(group, int) or isinstance(group, bool) or (group < 1 and group != -1):
+        raise ValueError(f"quantize: q_group_size must be a positive whole number or -1, got {group!r}")
+    return config
+
+
+def _load(model: Any, tokenizer: Any) -> tuple[Any, Any]:
+    """Model and tokenizer, loaded where they are given as paths or hub names."""
+    if isinstance(model, nn.Module):
+        return model, _load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
+    try:
+        from transformers import AutoModelForCausalLM
+    except ImportError as error:
+        raise AwqError("loading a model needs transformers: pip install 'awq_ext[hf]'") from error
+    from awq_ext.checkpoint import resolve
+
+    path = resolve(str(model))
+    _refuse_quantized(_read_config(path), str(model))
+    loaded = AutoModelForCausalLM.from_pretrained(path, dtype="auto")
+    if tokenizer is None or isinstance(tokenizer, str):
+        tokenizer = _load_tokenizer(tokenizer or path)
+    return loaded.eval(), tokenizer
+
+
+def _read_config(path: Any) -> Any:
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(path)
+    except (OSError, ValueError, KeyError) as error:
+        raise UnsupportedModelError(
+            f"{path} has no config.json of an architecture that this transformers knows: {error}"
+        ) from error
+
+
+def _load_tokenizer(path: Any) -> Any:
+    """The tokenizer there, or None: then calibration text is refused with a message, token ids are not."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _refuse_quantized(config: Any, name: str) -> None:
+    existing = getattr(config, "quantization_config", None)
+    if existing:
+        method = existing.get("quant_method") if isinstance(existing, dict) else getattr(existing, "quant_method", "")
+        raise UnsupportedModelError(
+            f"{name} is already quantized ({method or 'unknown method'}). Quantize the original, unquantized model"
+        )
+
+
+class _Quantizer:
+    """One run over one model."""
+
+    def __init__(
+        self, model: Any, config: dict[str, Any], method: str, duo_scaling: bool, apply_clip: bool, progress: Progress
+    ) -> None:
+        self.model, self.method, self.progress = model, method, progress
+        self.group_size, self.zero_point = int(config["q_group_size"]), bool(config["zero_point"])
+        self.excluded = tuple(config["modules_to_not_convert"] or ())
+        self.duo_scaling, self.apply_clip = duo_scaling, apply_clip
+        self.family = self._family()
+        self.blocks: list[nn.Module] = list(model.get_submodule(self.family.blocks))
+        _refuse_quantized(model.config, type(model).__name__)
+        self.report = Report(method, model.config.model_type, self.group_size, self.zero_point)
+        self.decisions: dict[str, Decision] = {}
+        for name, linear in model.named_modules():
+            if type(linear) is nn.Linear:
+                inside = name.startswith(self.family.blocks + ".")
+                decision = decide(name, linear, self.group_size, self.excluded)
+                if not inside and decision.reason is None:
+                    reason = "output head" if name in NEVER_CONVERTED else "outside the decoder blocks"
+                    decision = Decision(name, decision.in_features, decision.out_features, reason)
+                self.decisions[name] = decision
+                if inside:
+                    _check_weight(name, linear)
+        if all(decision.reason is not None for decision in self.decisions.values()):
+            raise UnsupportedModelError(
+                "no linear of this model can be quantized:\n" + "\n".join(f"  {d}" for d in self.decisions.values())
+            )
+
+    def _family(self) -> Family:
+        model_type = getattr(getattr(self.model, "config", None), "model_type", type(self.model).__name__)
+        family = FAMILIES.get(model_type)
+        if family is None:
+            raise UnsupportedModelError(
+                f"no family is known for architecture {model_type!r} (known: {', '.join(sorted(FAMILIES))}). "
+                "Its linears can be rounded to nearest with awq_ext.replace_linears(model); a family is one entry in "
+                "awq_ext/families.py, see CONTRIBUTING"
+            )
+        return family
+
+    def run(self, windows: Any) -> Report:
+        inputs = None
+        if self.method == "awq":
+            ids = windows()
+            self._check_tokens(ids)
+            inputs = BlockInputs(self.model, self.blocks, ids)
+            self.report.calibration_tokens = ids.numel()
+        with self.progress.task("quantize blocks", total=len(self.blocks)) as task:
+            for index in range(len(self.blocks)):
+                self._block(index, inputs)
+                task.advance(1, note=self._note())
+        self.report.linears += [
+            LinearReport(d.name, d.in_features, d.out_features, kept=d.reason)
+            for d in self.decisions.values()
+            if d.reason is not None
+        ]
+        self.model.config.quantization_config = {
+            "quant_method": "awq",
+            "bits": 4,
+            "group_size": self.group_size,
+            "zero_point": self.zero_point,
+            "version": "gemm",
+            "modules_to_not_convert": [
+                d.name for d in self.decisions.values() if d.reason is not None and d.name not in NEVER_CONVERTED
+            ]
+            or None,
+        }
+        return self.report
+
+    def _check_tokens(self, ids: Tensor) -> None:
+        vocab = self.model.get_input_embeddings().num_embeddings
+        if int(ids.max()) >= vocab or int(ids.min()) < 0:
+            raise CalibrationError(
+                f"calibration token ids span {int(ids.min())}..{int(ids.max())}, but the model's vocabulary has "
+                f"{vocab}: the tokenizer is of another model"
+            )
+        limit = getattr(self.model.config, "max_position_embeddings", None)
+        if limit is not None and ids.shape[1] > limit:
+            raise CalibrationError(f"seq_len {ids.shape[1]} is longer than the model's {limit} positions")
+
+    def _note(self) -> str:
+        errors = [x.error for x in self.report.linears if x.error is not None]
+        return f"mean error {sum(errors) / len(errors):.3%}" if errors else ""
+
+    def _block(self, index: int, inputs: BlockInputs | None) -> None:
+        """Quantize one block, in float32; what stays unquantized goes back to its own dtype."""
+        block, prefix = self.blocks[index], f"{self.family.blocks}.{index}."
+        linears: dict[str, nn.Linear] = {
+            name: module
+            for name, module in block.named_modules()
+            if type(module) is nn.Linear and self.decisions[prefix + name].reason is None
+        }
+        dtypes = {name: parameter.dtype for name, parameter in block.named_parameters()}
+        block.float()
+        reads: dict[str, _Input] = {}
+        if inputs is not None:
+            reads = self._collect(block, prefix, linears, index, inputs)
+        before = {name: _relative_error(linears[name].weight, reads[name].gram, self._round(linears[name])) for name in reads}
+        for fold in self.family.folds if reads else ():
+            self._fold(block, prefix, fold, linears, reads, dtypes)
+        for name, linear in linears.items():
+            quantized = self._quantize(linear, reads.get(name))
+            entry = LinearReport(prefix + name, linear.in_features, linear.out_features)
+            if name in reads:
+                entry.error_rtn = before[name]
+                entry.error = _relative_error(linear.weight, reads[name].gram, quantized)
+            self.report.linears.append(entry)
+            block.set_submodule(name, quantized)
+        for name, parameter in block.named_parameters():
+            parameter.data = parameter.data.to(dtypes[name])
+
+    def _collect(
+        self, block: nn.Module, prefix: str, linears: Mapping[str, nn.Linear], index: int, inputs: BlockInputs
+    ) -> dict[str, _Input]:
+        """What each linear reads, over all windows; moves the inputs on to the next block."""
+        first = {reader: fold.readers[0] for fold in self.family.folds for reader in fold.readers}
+        watched = {first.get(name, name): block.get_submodule(first.get(name, name)) for name in linears}
+        with calibrate.watching(watched) as statistics:
+            inputs.hidden = inputs.run(index, block)
+        shared = {name: _Input(*statistics[name].result(prefix + name)) for name in watched}
+        return {name: shared[first.get(name, name)] for name in linears}
+
+    def _fold(
+        self,
+        block: nn.Module,
+        prefix: str,
+        fold: Fold,
+        linears: Mapping[str, nn.Linear],
+        reads: Mapping[str, _Input],
+        dtypes: Mapping[str, torch.dtype],
+    ) -> None:
+        """Search the scale of one fold and move it from the readers' inputs into the producer."""
+        readers = [linears[name] for name in fold.readers if name in linears]
+        producer = block.get_submodule(fold.producer)
+        if len(readers) < len(fold.readers) or (isinstance(producer, nn.Linear) and fold.producer not in linears):
+            return  # a linear that stays as it is must not change, so nothing can be moved through it
+        shared = reads[fold.readers[0]]
+        tie = None
+        if isinstance(producer, nn.Linear) and producer.out_features != readers[0].in_features:
+            tie = _kv_tie(producer.out_features, readers[0].in_features, self.model.config)
+        scale, losses = ops.search_scale(
+            torch.cat([reader.weight for reader in readers]).cpu(),
+            shared.x_mean,
+            shared.gram,
+            group_size=self.group_size,
+            grid=GRID,
+            duo_scaling=self.duo_scaling,
+            zero_point=self.zero_point,
+            tie=tie,
+        )
+        scale = scale.to(producer.weight.device)
+        if isinstance(producer, nn.Linear):
+            rows = scale if tie is None else scale.new_empty(producer.out_features).scatter_(0, tie.to(scale.device), scale)
+            producer.weight.data /= rows[:, None]
+            if producer.bias is not None:
+                producer.bias.data /= rows
+        else:
+            scale = _divide_norm(producer, scale, 1.0 if self.family.norm_adds_one else 0.0, dtypes[f"{fold.producer}.weight"])
+        for reader in readers:
+            reader.weight.data *= scale
+        shared.divide(scale.cpu())
+        best = int(losses.argmin())
+        self.report.folds.append(
+            FoldReport(
+                prefix + fold.producer,
+                [prefix + name for name in fold.readers],
+                float(losses[0]),
+                float(losses[best]),
+                _candidate_name(best),
+            )
+        )
+
+    def _round(self, linear: nn.Linear, range: Tensor | None = None) -> AwqLinear:
+        return AwqLinear.from_linear(
+            linear, self.group_size, zero_point=self.zero_point, range=range, dtype=torch.float16
+        )
+
+    def _quantize(self, linear: nn.Linear, read: _Input | None) -> AwqLinear:
+        if read is None or not self.apply_clip:
+            return self._round(linear)
+        range = ops.search_clip(
+            linear.weight.detach().cpu(), read.gram, group_size=self.group_size, zero_point=self.zero_point
+        )
+        return self._round(linear, range.to(linear.weight.device))
+
+
+class _Input:
+    """What one set of linears reads, on the CPU: x_mean [k] and gram [k, k] of :class:`calibrate.Statistics`."""
+
+    def __init__(self, x_mean: Tensor, gram: Tensor) -> None:
+        self.x_mean, self.gram = x_mean, gram
+
+    def divide(self, scale: Tensor) -> None:
+        """The input becomes x / scale."""
+        self.x_mean = self.x_mean / scale
+        self.gram = self.gram / scale / scale[:, None]
+
+
+def _divide_norm(norm: nn.Module, scale: Tensor, plus: float, dtype: torch.dtype) -> Tensor:
+    """Divide a norm's output by ``scale``; returns the scale that was really applied.
+
+    The norm's weight will be stored in ``dtype``. The readers are multiplied by the ratio of the old weight to the
+    stored one, which undoes its rounding exactly. A channel whose new weight would vanish keeps its old one.
+    """
+    old = norm.weight.data + plus
+    stored = (old / scale - plus).to(dtype).float()
+    applied = old / (stored + plus)
+    usable = torch.isfinite(applied) & (applied > 0)
+    norm.weight.data = torch.where(usable, stored, norm.weight.data)
+    applied = torch.where(usable, applied, torch.ones_like(applied))
+    bias = getattr(norm, "bias", None)
+    if bias is not None:
+        bias.data = bias.data / applied
+    return applied
+
+
+def _kv_tie(kv_features: int, in_features: int, config: Any) -> Tensor:
+    """For each channel that the output projection reads, the value channel it comes from (grouped-query attention).
+
+    Query head h reads key/value head h // repeats, as transformers' repeat_kv lays them out.
+    """
+    head_dim = kv_features // config.num_key_value_heads
+    repeats = in_features // kv_features
+    if in_features % kv_features or kv_features % config.num_key_value_heads:
+        raise UnsupportedModelError(
+            f"{in_features} attention channels do not divide among {kv_features} value channels in "
+            f"{config.num_key_value_heads} heads"
+        )
+    kv = torch.arange(kv_features).view(-1, 1, head_dim)
+    return kv.expand(-1, repeats, head_dim).reshape(in_features).contiguous()
+
+
+def _candidate_name(index: int) -> str:
+    if index == 0:
+        return "identity"
+    duo, step = divmod(index - 1, GRID)
+    ratio = (step + 1) / GRID
+    return f"x^{ratio:g} / w^{1 - ratio:g}" if duo else f"x^{ratio:g}"
+
+
+def _relative_error(weight: Tensor, gram: Tensor, quantized: AwqLinear) -> float:
+    """Mean squared error of the output over its mean square, on the tokens that gram was taken from."""
+    weight = weight.detach().cpu()
+    difference = quantized.dequantize(torch.float32).cpu() - weight
+    power = ((weight @ gram) * weight).sum()
+    return float(((difference @ gram) * difference).sum() / power) if power > 0 else 0.0
+
+
+def _check_weight(name: str, linear: nn.Linear) -> None:
+    if not linear.weight.is_floating_point() or linear.weight.element_size() < 2:
+        raise UnsupportedModelError(
+            f"{name}.weight is {linear.weight.dtype}: the model is already quantized. Quantize the original one"
+        )
+    if linear.weight.is_meta:
+        raise UnsupportedModelError(f"{name}.weight is on the meta device: load the model before quantizing it")
+    if not torch.isfinite(linear.weight).all():
+        raise UnsupportedModelError(f"{name}.weight has NaN or infinite values: the checkpoint is damaged")

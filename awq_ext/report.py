@@ -1,0 +1,77 @@
+"""What a quantization did, linear by linear, as text and as JSON."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass
+class LinearReport:
+    """One nn.Linear. Errors are relative: mean squared error of its output over the mean square of its output."""
+
+    name: str
+    in_features: int
+    out_features: int
+    kept: str | None = None
+    """Why it stays as it is; None if it is quantized."""
+    error_rtn: float | None = None
+    """Round-to-nearest of the weight as it was."""
+    error: float | None = None
+    """The weight as it was quantized."""
+
+
+@dataclass
+class FoldReport:
+    """One scale search: `losses` before and after, on the calibration tokens."""
+
+    producer: str
+    readers: list[str]
+    loss_rtn: float
+    loss: float
+    candidate: str
+    """The winner: 'identity', 'x^r' or 'x^r / w^(1-r)'."""
+
+
+@dataclass
+class Report:
+    method: str
+    model_type: str
+    group_size: int
+    zero_point: bool
+    calibration_tokens: int = 0
+    seconds: float = 0.0
+    linears: list[LinearReport] = field(default_factory=list)
+    folds: list[FoldReport] = field(default_factory=list)
+
+    @property
+    def quantized(self) -> list[LinearReport]:
+        return [linear for linear in self.linears if linear.kept is None]
+
+    @property
+    def kept(self) -> list[LinearReport]:
+        return [linear for linear in self.linears if linear.kept is not None]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def summary(self) -> str:
+        """A few lines: how many linears, what was gained, the worst ones, and every linear that was not quantized."""
+        lines = [
+            f"{len(self.quantized)} linears quantized to 4 bits in groups of {self.group_size} ({self.method}), "
+            f"{self.seconds:.0f} s"
+        ]
+        measured = [x for x in self.quantized if x.error is not None and x.error_rtn]
+        if measured:
+            before = sum(x.error_rtn or 0.0 for x in measured) / len(measured)
+            after = sum(x.error or 0.0 for x in measured) / len(measured)
+            lines.append(
+                f"mean output error of a linear on {self.calibration_tokens} calibration tokens: "
+                f"{before:.4%} round-to-nearest, {after:.4%} {self.method}"
+            )
+            worst = sorted(measured, key=lambda x: x.error or 0.0, reverse=True)[:3]
+            lines.append("largest: " + ", ".join(f"{x.name} {x.error:.3%}" for x in worst))
+        if self.kept:
+            lines.append(f"{len(self.kept)} linears kept as they are:")
+            lines += [f"  {x.name} [{x.out_features}, {x.in_features}]: {x.kept}" for x in self.kept]
+        return "\n".join(lines)

@@ -1,0 +1,64 @@
+"""Swaps nn.Linear for AwqLinear by name rules, and says beforehand what it would do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from torch import nn
+
+from awq_ext.linear import AwqLinear, why_not
+
+NEVER_CONVERTED = ("lm_head",)
+"""AutoAWQ leaves the output head and the embeddings alone."""
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What happens to one nn.Linear: `reason` says why it stays as it is, or is None if it is quantized."""
+
+    name: str
+    in_features: int
+    out_features: int
+    reason: str | None
+
+    def __str__(self) -> str:
+        verb = "quantize" if self.reason is None else "keep"
+        why = "" if self.reason is None else f": {self.reason}"
+        return f"{verb} {self.name} [{self.out_features}, {self.in_features}]{why}"
+
+
+def excluded_by(name: str, modules_to_not_convert: Iterable[str]) -> str | None:
+    """The first entry that is a substring of the module's full name: AutoAWQ's rule for modules_to_not_convert."""
+    return next((key for key in modules_to_not_convert if key in name), None)
+
+
+def decide(name: str, linear: nn.Linear, group_size: int, modules_to_not_convert: Iterable[str]) -> Decision:
+    key = excluded_by(name, modules_to_not_convert)
+    reason = f"excluded by name ('{key}')" if key else why_not(linear.in_features, linear.out_features, group_size)
+    return Decision(name, linear.in_features, linear.out_features, reason)
+
+
+def replace_linears(
+    model: nn.Module,
+    group_size: int = 128,
+    *,
+    zero_point: bool = True,
+    modules_to_not_convert: Iterable[str] = NEVER_CONVERTED,
+    dry_run: bool = False,
+) -> list[Decision]:
+    """Replace every nn.Linear of ``model`` in place by an AwqLinear that rounds its weight to nearest.
+
+    A linear stays as it is when an entry of ``modules_to_not_convert`` is a substring of its full name, or when its
+    shape does not fit the group size. With ``dry_run`` nothing changes. Returns one Decision per nn.Linear.
+    """
+    names = list(modules_to_not_convert)
+    decisions = []
+    for name, linear in [(n, m) for n, m in model.named_modules() if type(m) is nn.Linear]:
+        decision = decide(name, linear, group_size, names)
+        decisions.append(decision)
+        if decision.reason is None and not dry_run:
+            if name == "":
+                raise ValueError("replace_linears: the model is itself an nn.Linear; use AwqLinear.from_linear")
+            model.set_submodule(name, AwqLinear.from_linear(linear, group_size, zero_point=zero_point))
+    return decisions
