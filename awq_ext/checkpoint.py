@@ -398,6 +398,9 @@ def _config_fields(model: PreTrainedModel, quant: QuantConfig) -> dict[str, Any]
     fields["architectures"] = [type(model).__name__]
     fields["dtype"] = fields["torch_dtype"] = str(model.dtype).removeprefix("torch.")
     fields["quantization_config"] = quant.to_dict()
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()  # type: ignore[no-untyped-call]
+    if head is not None and head.weight is not embeddings.weight and getattr(config, "tie_word_embeddings", False):
+        fields["tie_word_embeddings"] = False  # loaded from files that contradict their config; both are written
     rope = fields.get("rope_parameters")
     if isinstance(rope, dict) and "rope_theta" in rope:  # transformers 4 has these at the top
         apart = ("rope_theta", "partial_rotary_factor")

@@ -273,7 +273,7 @@ class _reading:
         pass
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, (SafetensorError, OSError, ValueError)):
+        if isinstance(error, (SafetensorError, OSError, ValueError)) and not isinstance(error, CheckpointError):
             raise CheckpointError(f"{self.file} is damaged or truncated ({error}); get the file again") from error
 
 
@@ -283,11 +283,12 @@ def _read_headers(path: Path) -> dict[str, TensorInfo]:
     shards = [_find_single_file(path)] if weight_map is None else sorted(set(weight_map.values()))
     if SINGLE not in shards and (path / SINGLE).exists():
         raise CheckpointError(f"{path} has both {SINGLE} and {INDEX}, which does not mention it; remove the stale one")
+    for shard in shards:
+        if not _inside(path, shard).is_file():
+            raise CheckpointError(f"{path / shard} is missing, though {INDEX} refers to it; get the checkpoint again")
     info: dict[str, TensorInfo] = {}
     for shard in shards:
-        file = _inside(path, shard)
-        if not file.is_file():
-            raise CheckpointError(f"{file} is missing, though {INDEX} refers to it; get the checkpoint again")
+        file = path / shard
         with _reading(file), safe_open(file, framework="pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118 (not a dict)
                 if weight_map is not None and weight_map.get(name) != shard:

@@ -32,6 +32,8 @@ def resolve(
     """
     name = os.fspath(path_or_repo)
     path = Path(name).expanduser()
+    if not name:
+        raise CheckpointError("the name of the checkpoint is empty; give a directory or a hub repository 'org/name'")
     if path.is_dir():
         return path
     if path.exists():
@@ -42,7 +44,7 @@ def resolve(
 
 
 def _looks_like_path(name: str) -> bool:
-    return not name or name.startswith(("/", ".", "~")) or name.endswith("/") or name.count("/") > 1 or "\\" in name
+    return name.startswith(("/", ".", "~")) or name.endswith("/") or name.count("/") > 1 or "\\" in name
 
 
 def _snapshot(
