@@ -153,6 +153,10 @@ def watching(readers: Mapping[str, nn.Module]) -> Iterator[dict[str, Statistics]
             hook.remove()
 
 
+SENSITIVITY_SAMPLES = 8
+"""Windows that `BlockInputs.sensitivity` looks at: an average over thousands of tokens has long settled."""
+
+
 class _Stop(Exception):
     """Ends a forward pass that has shown what it was run for."""
 
@@ -202,12 +206,45 @@ class BlockInputs:
 
     def run(self, index: int, block: nn.Module) -> Tensor:
         """The block's output for all windows."""
+        return torch.cat([self._call(index, block, rows) for rows in self.hidden.split(self.batch)])
+
+    def _call(self, index: int, block: nn.Module, rows: Tensor) -> Tensor:
         args, kwargs = self._arguments[index]
-        outputs = []
-        for rows in self.hidden.split(self.batch):
-            out = block(rows, *args, **kwargs)
-            outputs.append(out[0] if isinstance(out, tuple) else out)
-        return torch.cat(outputs)
+        out = block(rows, *args, **kwargs)
+        return out[0] if isinstance(out, tuple) else out
+
+    def sensitivity(
+        self, index: int, block: nn.Module, linears: Mapping[str, nn.Module], generator: torch.Generator
+    ) -> dict[str, Tensor]:
+        """How much an error in each output channel of each linear moves the block's output: float32 [n] each.
+
+        It is the diagonal of J^T J, J the derivative of the block's output by the linear's, averaged over tokens:
+        the squared gradient of a random-sign projection of the output has that expectation (Hutchinson's estimator).
+        So a search that weighs rows by it minimises the error of the block and not of its linears one by one.
+        """
+        total: dict[str, Tensor] = {}
+
+        def watch(name: str) -> Any:
+            def hook(_: nn.Module, __: Any, output: Tensor) -> None:
+                def add(gradient: Tensor) -> None:
+                    square = gradient.detach().reshape(-1, gradient.shape[-1]).square().mean(0)
+                    total[name] = total[name] + square if name in total else square
+
+                output.register_hook(add)
+
+            return hook
+
+        hooks = [linear.register_forward_hook(watch(name)) for name, linear in linears.items()]
+        try:
+            with torch.enable_grad():
+                for rows in self.hidden[:SENSITIVITY_SAMPLES].split(self.batch):
+                    out = self._call(index, block, rows.detach().clone().requires_grad_(True))
+                    signs = torch.randint(0, 2, out.shape, generator=generator).to(out) * 2 - 1
+                    out.backward(signs)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return total
 
 
 def _as_float(value: Any) -> Any:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 _ops = torch.ops.awq_ext
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+_OPTIONAL = ("qzeros", "bias", "range", "tie", "row_weight")
 _PACKED_ALONG_N = {"gemm": True, "gemv": False, "gptq": False}
 
 
@@ -49,6 +50,7 @@ def _linear_fake(
     group_size: int,
     layout: str = "gemm",
 ) -> Tensor:
+    _check_tensors("linear", x=x, qweight=qweight, scales=scales, qzeros=qzeros, bias=bias)
     k, n = _check_weight("linear", qweight, scales, qzeros, group_size, layout)
     _check(x.dtype in (*_FLOATS, torch.float64), "linear", "x", "a floating point tensor", x)
     _check(x.dim() >= 1 and x.shape[-1] == k, "linear", "x", f"[..., {k}]", x)
@@ -83,6 +85,7 @@ def _dequantize_fake(
     layout: str = "gemm",
     dtype: torch.dtype | None = None,
 ) -> Tensor:
+    _check_tensors("dequantize", qweight=qweight, scales=scales, qzeros=qzeros)
     k, n = _check_weight("dequantize", qweight, scales, qzeros, group_size, layout)
     _check_storage("dequantize", dtype)
     return scales.new_empty((n, k), dtype=dtype or scales.dtype)
@@ -120,6 +123,7 @@ def _quantize_fake(
     range: Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    _check_tensors("quantize", w=w, range=range)
     n, groups = _check_float_weight("quantize", w, group_size)
     _check_storage("quantize", dtype)
     if range is not None:
@@ -178,19 +182,21 @@ def search_scale(
     duo_scaling: bool = True,
     zero_point: bool = True,
     tie: Tensor | None = None,
+    row_weight: Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The per-input-channel scale c that makes 4-bit rounding of ``w * c`` lose least.
 
     w float [n, k] (the rows of every linear that reads the same input, concatenated); x_mean float32 [k], the mean of
     |x| over tokens; gram float32 [k, k], the mean of x^T x over tokens; tie int64 [k], channels with the same number
-    share one scale (the geometric mean of what each would have).
+    share one scale (the geometric mean of what each would have); row_weight float32 [n], how much the error of each
+    row counts (None: one each).
 
     Candidates, in this order: the identity; ``x_mean^r`` for r = 1/grid, 2/grid .. 1; with duo_scaling
     ``x_mean^r / (w_mean^(1-r) + 1e-4)`` for the same r, w_mean[k] = mean over rows of |w| / (largest |w| of its
-    group); each divided by sqrt(max * min). The loss is the mean squared error of the output over all tokens,
-    ``sum_rows d gram d^T`` with ``d = dequantize(quantize(w * c)) / c - w``; smallest wins, the first among equals,
-    so it is never worse than round-to-nearest (``losses[0]``).
+    group); each divided by sqrt(max * min). The loss is the squared error of the output, its mean over all tokens,
+    ``sum_rows row_weight d gram d^T`` with ``d = dequantize(quantize(w * c)) / c - w``; smallest wins, the first
+    among equals, so it is never worse than round-to-nearest (``losses[0]``).
 
     Returns scale float32 [k] and losses float64 [1 + grid * (2 if duo_scaling else 1)]. CPU only.
     Source: AWQ (arXiv 2306.00978) section 3.2 and AutoAWQ ``awq/quantize/quantizer.py``, with the identity and ratio
@@ -205,6 +211,7 @@ def search_scale(
         duo_scaling=duo_scaling,
         zero_point=zero_point,
         tie=tie,
+        row_weight=row_weight,
         dtype=dtype,
     )
 
@@ -220,11 +227,13 @@ def _search_scale_fake(
     duo_scaling: bool = True,
     zero_point: bool = True,
     tie: Tensor | None = None,
+    row_weight: Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
+    _check_tensors("search_scale", w=w, x_mean=x_mean, gram=gram, tie=tie, row_weight=row_weight)
     _check_float_weight("search_scale", w, group_size)
     _check_storage("search_scale", dtype)
-    torch._check(grid >= 1, lambda: f"awq_ext::search_scale: grid must be at least 1, got {grid}")
+    _check_grid("search_scale", grid)
     k = w.shape[1]
     mean_ok = x_mean.dtype == torch.float32 and x_mean.dim() == 1 and x_mean.shape[0] == k
     _check(mean_ok, "search_scale", "x_mean", f"[{k}] float32", x_mean)
@@ -232,6 +241,10 @@ def _search_scale_fake(
     if tie is not None:
         tie_ok = tie.dtype == torch.int64 and tie.dim() == 1 and tie.shape[0] == k
         _check(tie_ok, "search_scale", "tie", f"[{k}] int64", tie)
+    if row_weight is not None:
+        n = w.shape[0]
+        weight_ok = row_weight.dtype == torch.float32 and row_weight.dim() == 1 and row_weight.shape[0] == n
+        _check(weight_ok, "search_scale", "row_weight", f"[{n}] float32", row_weight)
     candidates = 1 + grid * (2 if duo_scaling else 1)
     return w.new_empty((k,), dtype=torch.float32), w.new_empty((candidates,), dtype=torch.float64)
 
@@ -272,9 +285,10 @@ def _search_clip_fake(
     zero_point: bool = True,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
+    _check_tensors("search_clip", w=w, gram=gram)
     n, groups = _check_float_weight("search_clip", w, group_size)
     _check_storage("search_clip", dtype)
-    torch._check(grid >= 1, lambda: f"awq_ext::search_clip: grid must be at least 1, got {grid}")
+    _check_grid("search_clip", grid)
     torch._check(
         0 <= max_shrink < 1, lambda: f"awq_ext::search_clip: max_shrink must be in [0, 1), got {max_shrink}"
     )
@@ -285,8 +299,23 @@ def _search_clip_fake(
 def _check(condition: bool, op: str, name: str, expected: str, got: Tensor) -> None:
     torch._check(
         condition,
-        lambda: f"awq_ext::{op}: {name} must be {expected}, got {list(got.shape)} {str(got.dtype).removeprefix('torch.')}",
+        lambda: f"awq_ext::{op}: {name} must be {expected}, got {list(got.shape)} "
+        f"{str(got.dtype).removeprefix('torch.')} on {got.device}",
     )
+
+
+def _check_tensors(op: str, **tensors: Tensor | None) -> None:
+    """Refuse None where the schema has no default (torch passes it on) and tensors on different devices."""
+    first, *_ = tensors
+    for name, tensor in tensors.items():
+        if tensor is None:
+            torch._check(name in _OPTIONAL, lambda name=name: f"awq_ext::{op}: {name} must be a tensor, got None")  # type: ignore[misc]
+        elif (home := tensors[first]) is not None:
+            _check(tensor.device == home.device, op, name, f"on the device of {first}, which is {home.device}", tensor)
+
+
+def _check_grid(op: str, grid: int) -> None:
+    torch._check(1 <= grid <= 1000, lambda: f"awq_ext::{op}: grid must be 1..1000, got {grid}")
 
 
 def _check_storage(op: str, dtype: torch.dtype | None) -> None:
@@ -301,7 +330,7 @@ def _group(op: str, group_size: int, k: int) -> int:
         group_size > 0 or group_size == -1,
         lambda: f"awq_ext::{op}: group_size must be positive, or -1 for one group over in_features; got {group_size}",
     )
-    group = k if group_size == -1 else group_size
+    group = max(k, 1) if group_size == -1 else group_size
     torch._check(
         k % group == 0,
         lambda: f"awq_ext::{op}: in_features must be a multiple of group_size, got {k} and group_size {group_size}",

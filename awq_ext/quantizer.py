@@ -49,7 +49,7 @@ def quantize(
         calibration: a text file, the name of a dataset on the hub, ``"builtin"`` (CPython's own help text: enough to
             try things, text like yours is better), a list of texts, or token ids.
         samples, seq_len: the first ``samples`` x ``seq_len`` tokens of it are used, in order.
-        seed: of torch's generator, for calibration data that draws from it; the search itself uses no randomness.
+        seed: of the random signs in the estimate of how much each linear's rows matter.
         w_bit: 4.
         q_group_size: input channels that share a scale and a zero; -1 is all of them.
         zero_point: asymmetric codes (AutoAWQ's default). False: every zero is 8.
@@ -84,12 +84,11 @@ def quantize(
     )
     if method not in METHODS:
         raise ValueError(f"quantize: method must be one of {', '.join(METHODS)}, got {method!r}")
-    torch.manual_seed(seed)
     start = time.perf_counter()
     progress = progress or Progress()
     model, tokenizer = _load(model, tokenizer)
     with torch.no_grad():
-        report = _Quantizer(model, config, method, duo_scaling, apply_clip, progress).run(
+        report = _Quantizer(model, config, method, duo_scaling, apply_clip, seed, progress).run(
             lambda: calibrate.windows(
                 calibrate.load_text(calibration) if isinstance(calibration, str) else calibration,
                 tokenizer,
@@ -177,12 +176,21 @@ class _Quantizer:
     """One run over one model."""
 
     def __init__(
-        self, model: Any, config: dict[str, Any], method: str, duo_scaling: bool, apply_clip: bool, progress: Progress
+        self,
+        model: Any,
+        config: dict[str, Any],
+        method: str,
+        duo_scaling: bool,
+        apply_clip: bool,
+        seed: int,
+        progress: Progress,
     ) -> None:
         self.model, self.method, self.progress = model, method, progress
         self.group_size, self.zero_point = int(config["q_group_size"]), bool(config["zero_point"])
         self.excluded = tuple(config["modules_to_not_convert"] or ())
         self.duo_scaling, self.apply_clip = duo_scaling, apply_clip
+        self.generator = torch.Generator().manual_seed(seed)
+        self.sensitivity: dict[str, Tensor] = {}
         self.family = self._family()
         self.blocks: list[nn.Module] = list(model.get_submodule(self.family.blocks))
         _refuse_quantized(model.config, type(model).__name__)
@@ -270,6 +278,9 @@ class _Quantizer:
         block.float()
         reads: dict[str, _Input] = {}
         if inputs is not None:
+            for parameter in block.parameters():
+                parameter.requires_grad_(False)
+            self.sensitivity = inputs.sensitivity(index, block, linears, self.generator)
             reads = self._collect(block, prefix, linears, index, inputs)
         before = {name: _relative_error(linears[name].weight, reads[name].gram, self._round(linears[name])) for name in reads}
         for fold in self.family.folds if reads else ():
@@ -282,8 +293,7 @@ class _Quantizer:
                 entry.error = _relative_error(linear.weight, reads[name].gram, quantized)
             self.report.linears.append(entry)
             block.set_submodule(name, quantized)
-        for name, parameter in block.named_parameters():
-            parameter.data = parameter.data.to(dtypes[name])
+        _restore(block, dtypes)
 
     def _collect(
         self, block: nn.Module, prefix: str, linears: Mapping[str, nn.Linear], index: int, inputs: BlockInputs
@@ -323,6 +333,7 @@ class _Quantizer:
             duo_scaling=self.duo_scaling,
             zero_point=self.zero_point,
             tie=tie,
+            row_weight=torch.cat([self.sensitivity[name] for name in fold.readers]).cpu(),
         )
         scale = scale.to(producer.weight.device)
         if isinstance(producer, nn.Linear):
@@ -370,6 +381,11 @@ class _Input:
         """The input becomes x / scale."""
         self.x_mean = self.x_mean / scale
         self.gram = self.gram / scale / scale[:, None]
+
+
+def _restore(block: nn.Module, dtypes: Mapping[str, torch.dtype]) -> None:
+    for name, parameter in block.named_parameters():
+        parameter.data = parameter.data.to(dtypes[name])
 
 
 def _divide_norm(norm: nn.Module, scale: Tensor, plus: float, dtype: torch.dtype) -> Tensor:

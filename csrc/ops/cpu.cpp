@@ -200,7 +200,8 @@ void for_items(const Tensor& like, std::int64_t count, std::int64_t scratch_size
 
 std::tuple<Tensor, Tensor> search_scale(const Tensor& w, const Tensor& x_mean, const Tensor& gram,
                                         std::int64_t group_size, std::int64_t grid, bool duo_scaling, bool zero_point,
-                                        OptionalTensor tie, std::optional<ScalarType> dtype) {
+                                        OptionalTensor tie, OptionalTensor row_weight,
+                                        std::optional<ScalarType> dtype) {
   const auto [n, k, group, groups] = check_float_weight("search_scale", w, group_size);
   check_gram("search_scale", gram, k);
   STD_TORCH_CHECK(x_mean.dim() == 1 && x_mean.size(0) == k && x_mean.scalar_type() == ScalarType::Float,
@@ -216,6 +217,13 @@ std::tuple<Tensor, Tensor> search_scale(const Tensor& w, const Tensor& x_mean, c
       STD_TORCH_CHECK(tie_data[i] >= 0 && tie_data[i] < k, "awq_ext::search_scale: tie must hold numbers 0..",
                       k - 1, ", got ", tie_data[i]);
   }
+
+  const OptionalTensor weights = contiguous_or_none(row_weight);
+  if (weights)
+    STD_TORCH_CHECK(weights->dim() == 1 && weights->size(0) == n && weights->scalar_type() == ScalarType::Float,
+                    "awq_ext::search_scale: row_weight must be [out_features] = [", n, "] float32, got ",
+                    describe(*weights));
+  const auto* importance = weights ? static_cast<const float*>(weights->const_data_ptr()) : nullptr;
 
   const core::Kernels& kernels = core::best_kernels();
   const Tensor weight = contiguous(torch::stable::to(w, ScalarType::Float));
@@ -252,11 +260,12 @@ std::tuple<Tensor, Tensor> search_scale(const Tensor& w, const Tensor& x_mean, c
   std::int64_t best = 0;
   for (std::int64_t c = 0; c < count; ++c) {
     loss[c] = 0.0;
-    for (std::int64_t row = 0; row < n; ++row) loss[c] += row_loss[static_cast<std::size_t>(c * n + row)];
+    for (std::int64_t row = 0; row < n; ++row)
+      loss[c] += (importance ? importance[row] : 1.0) * row_loss[static_cast<std::size_t>(c * n + row)];
     if (loss[c] < loss[best]) best = c;
   }
   STD_TORCH_CHECK(loss[best] < std::numeric_limits<double>::infinity(),
-                  "awq_ext::search_scale: no candidate has a finite loss; w and gram must be finite");
+                  "awq_ext::search_scale: no candidate has a finite loss; w, gram and row_weight must be finite");
   std::copy_n(candidate + best * k, k, static_cast<float*>(scale.mutable_data_ptr()));
   return {scale, losses};
 }

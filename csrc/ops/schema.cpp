@@ -32,15 +32,16 @@ STABLE_TORCH_LIBRARY(awq_ext, m) {
   m.def("repack(Tensor qweight, *, str src, str dst) -> Tensor");
 
   // AWQ's search for the scale of each input channel that loses least: argmin over candidates c of
-  // sum_rows d gram d^T, d = dequantize(quantize(w * c)) / c - w, that is the mean squared error of w x over all the
-  // tokens that gram was taken from. Candidates: the identity, x_mean^r, and with duo_scaling
-  // x_mean^r / w_mean^(1-r), r = 1/grid .. 1.
+  // sum_rows row_weight d gram d^T, d = dequantize(quantize(w * c)) / c - w, that is the (weighted) squared error of
+  // w x, its mean over all the tokens that gram was taken from. Candidates: the identity, x_mean^r, and with
+  // duo_scaling x_mean^r / w_mean^(1-r), r = 1/grid .. 1.
   //   w float [n, k], x_mean float32 [k] = mean |x|, gram float32 [k, k] = mean x^T x,
   //   tie int64 [k]: channels with the same number share one scale (None: none do)
+  //   row_weight float32 [n]: how much each row's error counts (None: all the same)
   //   -> scale float32 [k], losses float64 [candidates] (losses[0] is the identity's, i.e. round-to-nearest)
   m.def(
       "search_scale(Tensor w, Tensor x_mean, Tensor gram, *, int group_size, int grid=20, bool duo_scaling=True, "
-      "bool zero_point=True, Tensor? tie=None, ScalarType? dtype=None) -> (Tensor, Tensor)");
+      "bool zero_point=True, Tensor? tie=None, Tensor? row_weight=None, ScalarType? dtype=None) -> (Tensor, Tensor)");
 
   // The range [n, G, 2] float32 of each group that loses least, for `quantize`: shrinks the group's own range
   // in `grid` steps down to 1 - max_shrink, at both ends together and at each end alone; the loss of one group is

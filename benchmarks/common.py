@@ -1,0 +1,77 @@
+"""What every benchmark shares: taking turns, percentiles, and the facts that go into each JSON."""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+import time
+from collections.abc import Callable
+from datetime import datetime, timezone
+from pathlib import Path
+
+import torch
+
+import awq_ext
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def cpu_name() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+
+
+def facts() -> dict[str, object]:
+    """Host, versions, date and commit."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+    native = awq_ext._library.native()
+    return {
+        "cpu": cpu_name(),
+        "threads": torch.get_num_threads(),
+        "kernels": native.build_info()["cpu_kernels"],
+        "awq_ext": awq_ext.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "date": datetime.now(timezone.utc).date().isoformat(),
+        "commit": commit,
+    }
+
+
+def take_turns(
+    contestants: dict[str, Callable[[int], object]], rounds: int = 15, seconds: float = 0.05
+) -> dict[str, dict[str, float]]:
+    """Seconds a call of each contestant, in rotation: median, p10 and p90 over `rounds`.
+
+    A contestant is called with a counter, for it to rotate its weights by. One turn repeats it for about `seconds`.
+    """
+    counts: dict[str, int] = {}
+    for name, call in contestants.items():
+        call(0)
+        start = time.perf_counter()
+        call(1)
+        counts[name] = max(1, round(seconds / max(1e-7, time.perf_counter() - start)))
+    times: dict[str, list[float]] = {name: [] for name in contestants}
+    counter = 2
+    for _ in range(rounds):
+        for name, call in contestants.items():
+            start = time.perf_counter()
+            for _ in range(counts[name]):
+                call(counter)
+                counter += 1
+            times[name].append((time.perf_counter() - start) / counts[name])
+    return {name: percentiles(values) for name, values in times.items()}
+
+
+def percentiles(values: list[float]) -> dict[str, float]:
+    ordered = sorted(values)
+    at = lambda share: ordered[min(len(ordered) - 1, int(share * len(ordered)))]  # noqa: E731
+    return {"median": at(0.5), "p10": at(0.1), "p90": at(0.9)}
+
+
+def write(name: str, results: object) -> Path:
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    path.write_text(json.dumps({"facts": facts(), "results": results}, indent=1) + "\n")
+    return path
