@@ -40,6 +40,7 @@ class AutoAWQForCausalLM(nn.Module):
         super().__init__()
         self.model = model
         self.source = source  # where it was loaded from; its tokenizer files are saved along
+        self.train(model.training)
 
     @classmethod
     def from_pretrained(

@@ -32,16 +32,18 @@ if TYPE_CHECKING:
 __all__ = ["Checkpoint", "QuantConfig", "is_quantized", "load_quantized", "resolve", "save_quantized"]
 
 SHARD_PATTERN = "model-?????-of-?????.safetensors"
+# Keys of config.json that would have transformers load or choose something else than a plain model of this type: its
+# own quantizers, code of the checkpoint, and (a remnant that transformers 4 writes) slow attention.
+NOT_FOR_BUILDING = ("quantization_config", "auto_map", "_attn_implementation_autoset")
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 # What belongs to a tokenizer or processor, and is copied from the original model as it is.
 TOKENIZER_FILES = (
     "*token*.json",
-    "*token*.model",
+    "*.model",
+    "*.tiktoken",
     "vocab.*",
     "merges.txt",
-    "spiece.model",
-    "sentencepiece.*",
     "chat_template*",
     "*processor_config.json",
 )
@@ -84,12 +86,11 @@ def load_quantized(
     model = _skeleton(checkpoint, dtype)
     _swap_linears(checkpoint, model)
     _fill(checkpoint, model, torch.device(device), dtype)
-    generation = read_json(checkpoint.path, "generation_config.json")
-    if generation is not None:
+    if read_json(checkpoint.path, "generation_config.json") is not None:
         from transformers import GenerationConfig
 
         try:
-            model.generation_config = GenerationConfig.from_dict(generation)
+            model.generation_config = GenerationConfig.from_pretrained(checkpoint.path)
         except Exception as error:  # whatever a wrong value leads to
             raise CheckpointError(f"{checkpoint.path / 'generation_config.json'} is not valid: {error}") from error
     model.config.quantization_config = checkpoint.quant.to_dict()
@@ -99,15 +100,18 @@ def load_quantized(
 
 def _stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
     """The dtype that config.json names, else that of the largest weight that is not quantized."""
-    config = checkpoint.config
-    nested = config.get("text_config")
-    for fields in (config, nested if isinstance(nested, dict) else {}):
+    for fields in _text_fields(checkpoint.config):
         name = fields.get("dtype") or fields.get("torch_dtype")
         if isinstance(name, str) and name in DTYPES:
             return DTYPES[name]
     others = [t for name, t in checkpoint.info.items() if t.dtype in FLOATS and not name.endswith(".scales")]
     largest = max(others, key=lambda t: torch.Size(t.shape).numel(), default=None)
     return torch.float16 if largest is None else FLOATS[largest.dtype]
+
+
+def _text_fields(config: dict[str, Any]) -> list[dict[str, Any]]:
+    """Where config.json describes the language model: at the top, and in the text_config of a multimodal one."""
+    return [fields for fields in (config, config.get("text_config")) if isinstance(fields, dict)]
 
 
 def _skeleton(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
@@ -128,11 +132,12 @@ def _skeleton(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
             f"{file}: the installed transformers has no causal language model of type '{kind}'; try a newer one "
             "(pip install -U transformers). Models that bring their own code are not loaded"
         )
-    for key in ("num_hidden_layers", "num_layers", "n_layers", "n_layer"):
-        layers = checkpoint.config.get(key)
-        if isinstance(layers, int) and layers > len(checkpoint.info):
-            raise CheckpointError(f"{file}: '{key}' is {layers}, but the files hold {len(checkpoint.info)} tensors")
-    fields = {k: v for k, v in checkpoint.config.items() if k not in ("quantization_config", "auto_map")}
+    for fields in _text_fields(checkpoint.config):
+        for key in ("num_hidden_layers", "num_layers", "n_layers", "n_layer"):
+            layers, most = fields.get(key), len(checkpoint.info)  # each layer has a tensor at least
+            if isinstance(layers, int) and layers > most:
+                raise CheckpointError(f"{file}: '{key}' is {layers}, but the files hold {most} tensors")
+    fields = {key: value for key, value in checkpoint.config.items() if key not in NOT_FOR_BUILDING}
     fields["dtype"] = fields["torch_dtype"] = str(dtype).removeprefix("torch.")
     try:
         config = CONFIG_MAPPING[kind].from_dict(fields)
@@ -178,7 +183,7 @@ def _fill(checkpoint: Checkpoint, model: PreTrainedModel, device: torch.device, 
         float32 |= set(getattr(model, "_keep_in_fp32_modules", None) or ())
     in_float32 = re.compile("|".join(rf"(^|\.){part}($|\.)" for part in sorted(float32)) or r"(?!)")
 
-    filled: dict[int, str] = {}  # identity of a tensor -> the stored name it was filled from
+    filled: dict[int, tuple[str, Tensor]] = {}  # identity of a tensor -> what it was filled from, and with
     for name, stored in checkpoint.tensors(wanted):
         target = state[name]
         if name.rpartition(".")[0] in checkpoint.linears or not target.is_floating_point():
@@ -189,16 +194,14 @@ def _fill(checkpoint: Checkpoint, model: PreTrainedModel, device: torch.device, 
             to = target.dtype
         # A copy always: memory of its own is aligned, and independent of what happens to the file later.
         value = stored.to(device, to, copy=True)
-        if id(target) in filled:
-            other = model.get_parameter(filled[id(target)])
-            if not torch.equal(other, value):
-                raise CheckpointError(
-                    f"{checkpoint.path}: config.json ties {name} to {filled[id(target)]}, but their values differ; "
-                    "set 'tie_word_embeddings' to false there if they are meant to"
-                )
-            continue
-        filled[id(target)] = name
-        _assign(model, names_of[id(target)], value, target)
+        first, held = filled.setdefault(id(target), (name, value))
+        if first == name:
+            _assign(model, names_of[id(target)], value, target)
+        elif not torch.equal(held, value):
+            raise CheckpointError(
+                f"{checkpoint.path}: config.json ties {name} to {first}, but their values differ; "
+                "set 'tie_word_embeddings' to false there if they are meant to"
+            )
     model.to(device)  # type: ignore[arg-type]  # the buffers that are in no file
     left = [name for name, t in (*model.named_parameters(), *model.named_buffers()) if t.is_meta]
     if left:
@@ -395,6 +398,7 @@ def _config_fields(model: PreTrainedModel, quant: QuantConfig) -> dict[str, Any]
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     fields: dict[str, Any] = json.loads(config.to_json_string(use_diff=True))
+    fields.pop("_attn_implementation_autoset", None)
     fields["architectures"] = [type(model).__name__]
     fields["dtype"] = fields["torch_dtype"] = str(model.dtype).removeprefix("torch.")
     fields["quantization_config"] = quant.to_dict()

@@ -324,17 +324,20 @@ def _refuse_other_layouts(path: Path, info: dict[str, TensorInfo]) -> None:
                 f"{path}: {name} belongs to a ScaledActivation (AutoAWQ's way with bloom, mpt, falcon, gpt_bigcode, "
                 "gpt_neox, gptj, starcoder2), which awq_ext does not read"
             )
-        scales, zeros = info.get(f"{linear}.scales"), info.get(f"{linear}.qzeros")
-        if kind != "qweight" or scales is None or len(tensor.shape) != 2 or len(scales.shape) != 2:
+        if kind != "qweight":
             continue
-        (rows, columns), (scale_rows, scale_columns) = tensor.shape, scales.shape
-        if zeros is None:
-            if columns == 2 * scale_columns:
-                raise refuse("marlin", name)
-        elif rows == scale_rows and rows == zeros.shape[0] and columns * PACK != scale_columns:
-            raise refuse("gemv", name)
-        elif columns == scale_columns:
-            raise refuse("GPTQ", name)
+        # Shapes of qweight, scales and qzeros; what is no matrix is left to the checks of the gemm layout.
+        matrices = [info[x].shape for x in (name, f"{linear}.scales", f"{linear}.qzeros") if x in info]
+        if not all(len(shape) == 2 for shape in matrices):
+            continue
+        if len(matrices) == 2 and f"{linear}.scales" in info and matrices[0][1] == 2 * matrices[1][1]:
+            raise refuse("marlin", name)
+        if len(matrices) == 3:
+            (rows, columns), (scale_rows, scale_columns), (zero_rows, _) = matrices
+            if rows == scale_rows == zero_rows and columns * PACK != scale_columns:
+                raise refuse("gemv", name)
+            if columns == scale_columns:
+                raise refuse("GPTQ", name)
 
 
 def _read_quant_config(path: Path, config: dict[str, Any], info: dict[str, TensorInfo]) -> QuantConfig:

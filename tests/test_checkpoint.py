@@ -12,6 +12,7 @@ import stat
 import struct
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import awq_ext
-from awq_ext import AwqLinear, CheckpointError, UnsupportedModelError, load_quantized, save_quantized
+from awq_ext import AwqLinear, CheckpointError, UnsupportedModelError, atomic, load_quantized, save_quantized
 from awq_ext import checkpoint as checkpoint_module
 from awq_ext.checkpoint import Checkpoint, QuantConfig, is_quantized, resolve
 
@@ -68,7 +69,7 @@ def shards(sharded: Path, tmp_path: Path) -> Path:
 
 @torch.no_grad()
 def logits(model: Any, ids: torch.Tensor = IDS) -> np.ndarray:
-    return model(ids).logits[0].float().numpy()
+    return model(ids).logits[0].float().cpu().numpy()
 
 
 def edit_json(file: Path, change: Callable[[dict[str, Any]], object]) -> None:
@@ -178,7 +179,7 @@ def test_other_formats_are_refused_by_name(shared: Path, writer: str, name: str)
 def test_dtype_defaults_to_the_config_and_linears_keep_theirs(shared: Path) -> None:
     path = shared / "data" / "checkpoints" / "gptqmodel-awq-gemm"
     stored = load_quantized(path)
-    assert stored.dtype == stored.config.dtype == torch.bfloat16
+    assert stored.dtype == torch.bfloat16
     cast = load_quantized(path, dtype=torch.float16)
     assert cast.model.norm.weight.dtype == torch.float16
     assert cast.model.layers[0].mlp.up_proj.scales.dtype == torch.bfloat16  # a cast would change the weights
@@ -190,7 +191,7 @@ def test_dtype_defaults_to_the_config_and_linears_keep_theirs(shared: Path) -> N
 def test_load_on_cuda(saved: Path, model: Any) -> None:
     loaded = load_quantized(saved, device="cuda", dtype=torch.float16)
     assert {t.device.type for t in (*loaded.parameters(), *loaded.buffers())} == {"cuda"}
-    got, expected = logits(loaded.cpu()), logits(model)
+    got, expected = logits(loaded, IDS.cuda()), logits(model)
     # float16 everywhere (u = 2^-11) against float32: two layers of seven linears and their norms.
     assert np.abs(got - expected).max() <= 32 * 2.0**-11 * np.abs(expected).max()
 
@@ -680,6 +681,7 @@ SINGLE: dict[str, tuple[Callable[[Path], object], str]] = {
     "integer scales": (put(f"{LAYER}.scales", torch.ones(2, 256, dtype=torch.int32)), r"got \[2, 256\] I32"),
     "float zeros": (put(f"{LAYER}.qzeros", torch.ones(2, 32)), r"qzeros must be \[2, 32\] I32, got \[2, 32\] F32"),
     "flat qweight": (put(f"{LAYER}.qweight", torch.ones(64, dtype=torch.int32)), r"got \[64\] I32"),
+    "scalar zeros": (put(f"{LAYER}.qzeros", torch.tensor(1, dtype=torch.int32)), r"got \[\] I32"),
     "long qweight": (put(f"{LAYER}.qweight", torch.ones(128, 32, dtype=torch.int64)), r"got \[128, 32\] I64"),
     "empty qweight": (put(f"{LAYER}.qweight", torch.ones(0, 0, dtype=torch.int32)), "qweight|in_features 0"),
     "wrong bias": (put(f"{LAYER}.bias", torch.ones(255)), r"bias must be \[256\] .*, got \[255\] F32"),
@@ -799,6 +801,26 @@ def test_replacing_without_an_atomic_exchange(model: Any, single: Path, monkeypa
     with pytest.raises(CheckpointError, match="is as it was before"):
         save_quantized(model, single)
     assert contents(single) == before and not leftovers(single)
+
+
+def test_a_reader_always_finds_a_whole_checkpoint(model: Any, single: Path, tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    if not atomic._exchange(tmp_path / "a", tmp_path / "b"):
+        pytest.skip("this filesystem cannot exchange two names in one step")
+    absent, done = [], threading.Event()
+
+    def watch() -> None:
+        while not done.is_set():
+            absent.append(not (single / "config.json").exists())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    for _ in range(5):
+        save_quantized(model, single)
+    done.set()
+    watcher.join()
+    assert absent and not any(absent)
 
 
 def test_too_little_space_is_seen_beforehand(model: Any, single: Path, monkeypatch: pytest.MonkeyPatch) -> None:
