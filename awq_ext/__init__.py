@@ -2,25 +2,36 @@
 
 from __future__ import annotations
 
-__version__ = "0.1.0"
+import warnings
+from typing import TYPE_CHECKING
 
 from awq_ext import _library
+from awq_ext.errors import AwqError, CalibrationError, CheckpointError, LibraryError, UnsupportedModelError
 
-_library.load()
+__version__ = "0.1.0"
 
-from awq_ext import functional, ops  # noqa: E402  (the operators must be registered first)
-from awq_ext.auto import AutoAWQForCausalLM  # noqa: E402
-from awq_ext.checkpoint import load_quantized, save_quantized  # noqa: E402
-from awq_ext.errors import (  # noqa: E402
-    AwqError,
-    CalibrationError,
-    CheckpointError,
-    LibraryError,
-    UnsupportedModelError,
-)
-from awq_ext.linear import AwqLinear  # noqa: E402
-from awq_ext.quantizer import quantize  # noqa: E402
-from awq_ext.swap import replace_linears  # noqa: E402
+try:
+    _library.load()
+
+    from awq_ext import functional, ops
+    from awq_ext.auto import AutoAWQForCausalLM
+    from awq_ext.checkpoint import load_quantized, save_quantized
+    from awq_ext.linear import AwqLinear
+    from awq_ext.quantizer import quantize
+    from awq_ext.swap import replace_linears
+except LibraryError as error:
+    # Nothing works without the libraries, but `awq-ext doctor` has to run to say why: so the import warns, and using
+    # any of the names raises.
+    _why = str(error)
+    warnings.warn(f"awq_ext cannot compute: {_why}", RuntimeWarning, stacklevel=2)
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(name: str) -> object:
+            if name in __all__:
+                raise LibraryError(_why)
+            raise AttributeError(f"module 'awq_ext' has no attribute {name!r}")
+
 
 __all__ = [
     "AutoAWQForCausalLM",

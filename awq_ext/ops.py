@@ -12,6 +12,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from awq_ext import _library
+
+_library.load()  # the package is importable without its libraries (see __init__), this module is not
+
 _ops = torch.ops.awq_ext
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 _OPTIONAL = ("qzeros", "bias", "range", "tie", "row_weight")
