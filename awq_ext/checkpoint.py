@@ -277,7 +277,7 @@ def save_quantized(
     if not isinstance(model, PreTrainedModel):
         raise UnsupportedModelError(f"a checkpoint is made of a transformers model, got {type(model).__name__}")
     out = Path(out).expanduser().absolute()
-    _check_replaceable(out)
+    check_replaceable(out)
     quant = _describe(model)
     tensors = _tensors_to_write(model)
     source = None if source is None else Path(source)
@@ -311,7 +311,7 @@ def _is_weight_file(name: str) -> bool:
     return name in (SINGLE, INDEX, *LEGACY_QUANT_FILES) or fnmatch.fnmatch(name, SHARD_PATTERN)
 
 
-def _check_replaceable(out: Path) -> None:
+def check_replaceable(out: Path) -> None:
     """Refuses to put a checkpoint where it would destroy something else."""
     if out.is_symlink():
         raise CheckpointError(f"{out} is a link to {out.resolve()}; give that path itself")
