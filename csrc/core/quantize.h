@@ -40,19 +40,21 @@ AWQ_HOST_DEVICE inline float round_scale(float scale, DType type) {
   return scale;
 }
 
-/// Scale and zero for a group whose values span [lo, hi]. The range is widened to include zero; an empty range gives
-/// scale 1; a range that is not finite gives scale NaN, one that the storage type cannot hold gives infinity.
+/// Scale and zero for a group whose values span [lo, hi]. The range is widened to include zero; an empty range, or one
+/// so small that its scale underflows, gives scale 1; a range that is not finite gives scale NaN, one that the storage
+/// type cannot hold gives infinity.
 AWQ_HOST_DEVICE inline GroupParameters group_parameters(float lo, float hi, bool zero_point, DType scale_type) {
   if (!(lo - lo == 0.0f) || !(hi - hi == 0.0f)) return {lo - lo + (hi - hi), zero_point ? 0.0f : kSymmetricZero * 1.0f};
   lo = lo < 0.0f ? lo : 0.0f;
   hi = hi > 0.0f ? hi : 0.0f;
   if (!zero_point) {
     const float bound = -lo > hi ? -lo : hi;
-    return {bound == 0.0f ? 1.0f : round_scale(bound / 7.0f, scale_type), static_cast<float>(kSymmetricZero)};
+    const float scale = round_scale(bound / 7.0f, scale_type);
+    return {scale == 0.0f ? 1.0f : scale, static_cast<float>(kSymmetricZero)};
   }
-  if (hi == lo) return {1.0f, 0.0f};
   // Divided before the subtraction: hi - lo may overflow where hi / 15 - lo / 15 does not.
   const float scale = round_scale(hi / 15.0f - lo / 15.0f, scale_type);
+  if (scale == 0.0f) return {1.0f, 0.0f};
   return {scale, round_even(clamp(-lo / scale, 0.0f, static_cast<float>(kMaxCode)))};
 }
 
