@@ -1,0 +1,101 @@
+// The kernels: device_code.h plus shared memory, barriers, shuffles and launches.
+#include <algorithm>
+
+#include "device_code.h"
+#include "launch.h"
+
+namespace awq::cuda {
+namespace {
+
+template <class Read, class Write>
+__global__ void __launch_bounds__(kThreads) convert_kernel(Read read, Write write, SquareTiles tiles) {
+  __shared__ std::uint8_t shared[kTile * kTileStride];
+  for (std::int64_t tile = blockIdx.x; tile < tiles.count(); tile += gridDim.x) {
+    read(shared, tiles, tile, threadIdx.x);
+    __syncthreads();
+    write(shared, tiles, tile, threadIdx.x);
+    __syncthreads();
+  }
+}
+
+template <DType kType>
+__global__ void __launch_bounds__(kThreads) quantize_kernel(core::QuantizeArgs args) {
+  const int lane = threadIdx.x % kWarp;
+  const std::int64_t first = blockIdx.x * std::int64_t{kThreads / kWarp} + threadIdx.x / kWarp;
+  const std::int64_t groups = args.n * (args.k / args.group);
+  for (std::int64_t group = first; group < groups; group += gridDim.x * std::int64_t{kThreads / kWarp}) {
+    GroupRange range = lane_range<kType>(args, group, lane);
+    for (int distance = kWarp / 2; distance > 0; distance /= 2)
+      range.merge({__shfl_xor_sync(~0u, range.lo, distance), __shfl_xor_sync(~0u, range.hi, distance),
+                   __shfl_xor_sync(~0u, range.poison, distance)});
+    write_group<kType>(args, group, parameters(args, group, range), lane);
+  }
+}
+
+template <DType kScale, DType kOut, bool kWhole>
+__global__ void __launch_bounds__(kThreads) dequantize_kernel(core::DequantizeArgs args) {
+  const BlockTiles tiles{{args.n, args.k}};
+  for (std::int64_t tile = blockIdx.x; tile < tiles.count(); tile += gridDim.x)
+    dequantize_block<kScale, kOut, kWhole>(args, tile, threadIdx.x);
+}
+
+/// Starts a block for each piece of work, or as many as a grid can have: kernels stride by the grid.
+template <class Kernel, class... Args>
+cudaError_t launch(Kernel kernel, std::int64_t pieces, cudaStream_t stream, const Args&... args) {
+  if (pieces == 0) return cudaSuccess;
+  const auto blocks = static_cast<unsigned>(std::min<std::int64_t>(pieces, std::numeric_limits<int>::max()));
+  kernel<<<blocks, kThreads, 0, stream>>>(args...);
+  return cudaGetLastError();
+}
+
+template <class Read, class Write>
+cudaError_t convert(const Read& read, const Write& write, std::int64_t n, std::int64_t k, cudaStream_t stream) {
+  const SquareTiles tiles{{n, k}};
+  return launch(convert_kernel<Read, Write>, tiles.count(), stream, read, write, tiles);
+}
+
+/// body.operator()<type>() with the run-time type as a template argument.
+template <class Body>
+cudaError_t with_type(DType type, const Body& body) {
+  switch (type) {
+    case DType::f32: return body.template operator()<DType::f32>();
+    case DType::f16: return body.template operator()<DType::f16>();
+    case DType::bf16: return body.template operator()<DType::bf16>();
+    default: return cudaErrorInvalidValue;
+  }
+}
+
+}  // namespace
+
+cudaError_t pack(const core::Layout& to, const std::uint8_t* q, std::uint32_t* words, std::int64_t n, std::int64_t k,
+                 cudaStream_t stream) {
+  return convert(ReadCodes{q}, WriteWords{to, words}, n, k, stream);
+}
+
+cudaError_t unpack(const core::Layout& from, const std::uint32_t* words, std::uint8_t* q, std::int64_t n,
+                   std::int64_t k, cudaStream_t stream) {
+  return convert(ReadWords{from, words}, WriteCodes{q}, n, k, stream);
+}
+
+cudaError_t repack(const core::Layout& from, const core::Layout& to, const std::uint32_t* source, std::uint32_t* target,
+                   std::int64_t n, std::int64_t k, cudaStream_t stream) {
+  return convert(ReadWords{from, source}, WriteWords{to, target}, n, k, stream);
+}
+
+cudaError_t quantize(const core::QuantizeArgs& args, cudaStream_t stream) {
+  constexpr std::int64_t kWarps = kThreads / kWarp;
+  const std::int64_t blocks = (args.n * (args.k / args.group) + kWarps - 1) / kWarps;
+  return with_type(args.w_type, [&]<DType kType>() { return launch(quantize_kernel<kType>, blocks, stream, args); });
+}
+
+cudaError_t dequantize(const core::DequantizeArgs& args, cudaStream_t stream) {
+  const std::int64_t blocks = BlockTiles{{args.n, args.k}}.count();
+  return with_type(args.scale_type, [&]<DType kScale>() {
+    return with_type(args.w_type, [&]<DType kOut>() {
+      return has_whole_blocks(args) ? launch(dequantize_kernel<kScale, kOut, true>, blocks, stream, args)
+                                    : launch(dequantize_kernel<kScale, kOut, false>, blocks, stream, args);
+    });
+  });
+}
+
+}  // namespace awq::cuda

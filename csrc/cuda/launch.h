@@ -1,0 +1,34 @@
+// Every kernel the CUDA operators run, as one host function each: raw device pointers and a stream, nothing of torch.
+//
+// A launcher only enqueues work on `stream` of the current device. It neither allocates nor synchronises, so it can be
+// captured in a CUDA graph; an empty shape launches nothing. Shapes are checked by the caller (ops/check.h); pointers
+// need no alignment beyond that of their element.
+#pragma once
+#include <cuda_runtime_api.h>
+
+#include "../core/layout.h"
+#include "../core/pack.h"
+#include "../core/quantize.h"
+
+namespace awq::cuda {
+
+/// Codes q [n, k], one a byte, -> words of `to`. Bits above the lowest four of a code are dropped.
+cudaError_t pack(const core::Layout& to, const std::uint8_t* q, std::uint32_t* words, std::int64_t n, std::int64_t k,
+                 cudaStream_t stream);
+
+/// Words of `from` -> codes q [n, k].
+cudaError_t unpack(const core::Layout& from, const std::uint32_t* words, std::uint8_t* q, std::int64_t n,
+                   std::int64_t k, cudaStream_t stream);
+
+/// Words of `from` -> words of `to`, for the same codes [n, k].
+cudaError_t repack(const core::Layout& from, const core::Layout& to, const std::uint32_t* source, std::uint32_t* target,
+                   std::int64_t n, std::int64_t k, cudaStream_t stream);
+
+/// core::quantize_rows over all rows, bit for bit, except that a group whose scale is not finite gets scale NaN,
+/// its zero as code, and stops nothing.
+cudaError_t quantize(const core::QuantizeArgs& args, cudaStream_t stream);
+
+/// core::dequantize_rows over all rows, bit for bit (but for the payload of a NaN).
+cudaError_t dequantize(const core::DequantizeArgs& args, cudaStream_t stream);
+
+}  // namespace awq::cuda

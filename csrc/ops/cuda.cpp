@@ -1,0 +1,180 @@
+// The operators on a CUDA device: check, allocate, enqueue. Nothing here waits for the device or reads its memory, so
+// every operator can be captured in a CUDA graph; temporaries come from torch's allocator, which knows the stream.
+#include <array>
+
+#include "../cuda/launch.h"
+#include "check.h"
+
+namespace awq::ops {
+namespace {
+
+using torch::stable::contiguous;
+using torch::stable::new_empty;
+
+/// For one scope: the device of `t` is the current one, and `stream` is torch's current stream there.
+class OnDevice {
+ public:
+  explicit OnDevice(const Tensor& t) : guard_(t.get_device_index()) {
+    void* current = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &current));
+    stream = static_cast<cudaStream_t>(current);
+  }
+
+  cudaStream_t stream;
+
+ private:
+  torch::stable::accelerator::DeviceGuard guard_;
+};
+
+/// For one scope: no autograd. The operators have no gradient (functional.linear has), and torch's own operators
+/// called from here must not record one behind its back.
+class NoGrad {
+ public:
+  NoGrad() : before_(aoti_torch_grad_mode_is_enabled()) { aoti_torch_grad_mode_set_enabled(false); }
+  ~NoGrad() { aoti_torch_grad_mode_set_enabled(before_); }
+  NoGrad(const NoGrad&) = delete;
+  NoGrad& operator=(const NoGrad&) = delete;
+
+ private:
+  bool before_;
+};
+
+const std::uint32_t* words_of(const Tensor& t) { return static_cast<const std::uint32_t*>(t.const_data_ptr()); }
+std::uint32_t* words_of(Tensor& t) { return static_cast<std::uint32_t*>(t.mutable_data_ptr()); }
+
+OptionalTensor contiguous_or_none(const OptionalTensor& t) { return t ? OptionalTensor(contiguous(*t)) : std::nullopt; }
+
+Tensor dequantized(const Tensor& qweight, const Tensor& scales, const OptionalTensor& qzeros, const WeightShape& shape,
+                   core::DType type, cudaStream_t stream) {
+  Tensor w = new_empty(scales, {shape.n, shape.k}, to_scalar_type(type));
+  const Tensor weight = contiguous(qweight), scale = contiguous(scales);
+  const OptionalTensor zero = contiguous_or_none(qzeros);
+  const core::DequantizeArgs args{words_of(weight),
+                                  zero ? words_of(*zero) : nullptr,
+                                  scale.const_data_ptr(),
+                                  w.mutable_data_ptr(),
+                                  shape.n, shape.k, shape.group,
+                                  float_type("dequantize", "scales", scales), type};
+  STD_CUDA_CHECK(cuda::dequantize(args, stream));
+  return w;
+}
+
+/// y = x w^T + bias by torch's matrix product; x [m, k], w [n, k], bias [n] and y [m, n] are of one dtype. The form
+/// that writes to y, because autocast leaves it alone: y keeps the dtype that the operator promises.
+void matmul(const Tensor& x, const Tensor& w, const OptionalTensor& bias, const Tensor& y) {
+  using torch::stable::detail::from, torch::stable::detail::to;
+  std::array<StableIValue, 4> stack{from(x), from(w), from(bias), from(y)};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "out", stack.data(), TORCH_ABI_VERSION));
+  to<Tensor>(stack[0]);  // takes the returned reference to y, and drops it
+}
+
+Tensor linear(const Tensor& x, const Tensor& qweight, const Tensor& scales, OptionalTensor qzeros, OptionalTensor bias,
+              std::int64_t group_size, std::string layout) {
+  const auto [m, shape] = check_linear(x, qweight, scales, qzeros, bias, group_size, layout);
+  const OnDevice device(x);
+  const NoGrad no_grad;
+  Tensor y = new_empty(x, output_sizes(x, shape.n));
+  if (m == 0 || shape.n == 0) return y;
+  const Tensor w = dequantized(qweight, scales, qzeros, shape, float_type("linear", "x", x), device.stream);
+  if (bias) bias = torch::stable::to(*bias, x.scalar_type());
+  matmul(torch::stable::reshape(x, {m, shape.k}), w, bias, torch::stable::view(y, {m, shape.n}));
+  return y;
+}
+
+Tensor dequantize(const Tensor& qweight, const Tensor& scales, OptionalTensor qzeros, std::int64_t group_size,
+                  std::string layout, std::optional<ScalarType> dtype) {
+  const WeightShape shape = check_weight("dequantize", qweight, scales, qzeros, group_size, layout);
+  const core::DType type = scale_type("dequantize", dtype ? *dtype : scales.scalar_type());
+  const OnDevice device(qweight);
+  return dequantized(qweight, scales, qzeros, shape, type, device.stream);
+}
+
+std::tuple<Tensor, Tensor, Tensor> quantize(const Tensor& w, std::int64_t group_size, bool zero_point,
+                                            OptionalTensor range, std::optional<ScalarType> dtype) {
+  const WeightShape shape = check_float_weight("quantize", w, group_size);
+  check_range("quantize", range, w, shape);
+  const auto [n, k, group, groups] = shape;
+  const core::DType type = scale_type("quantize", dtype);
+  const OnDevice device(w);
+  Tensor q = new_empty(w, {n, k}, ScalarType::Byte);
+  Tensor scales = new_empty(w, {n, groups}, to_scalar_type(type));
+  Tensor zeros = new_empty(w, {n, groups}, ScalarType::Byte);
+  const Tensor weight = contiguous(w);
+  const OptionalTensor ends = contiguous_or_none(range);
+  const core::QuantizeArgs args{weight.const_data_ptr(),
+                                ends ? static_cast<const float*>(ends->const_data_ptr()) : nullptr,
+                                static_cast<std::uint8_t*>(q.mutable_data_ptr()),
+                                scales.mutable_data_ptr(),
+                                static_cast<std::uint8_t*>(zeros.mutable_data_ptr()),
+                                n, k, group, k,
+                                float_type("quantize", "w", w), type, zero_point};
+  STD_CUDA_CHECK(cuda::quantize(args, device.stream));
+  return {q, scales, zeros};
+}
+
+Tensor pack(const Tensor& q, std::string layout) {
+  const core::Layout& to = layout_of("pack", layout);
+  check_codes("pack", q, to);
+  const OnDevice device(q);
+  const std::int64_t n = q.size(0), k = q.size(1);
+  const core::WordShape shape = core::word_shape(to, n, k);
+  const Tensor codes = contiguous(q);
+  Tensor words = new_empty(q, {shape.rows, shape.cols}, ScalarType::Int);
+  STD_CUDA_CHECK(
+      cuda::pack(to, static_cast<const std::uint8_t*>(codes.const_data_ptr()), words_of(words), n, k, device.stream));
+  return words;
+}
+
+Tensor unpack(const Tensor& qweight, std::string layout) {
+  const core::Layout& from = layout_of("unpack", layout);
+  const auto [n, k] = check_words("unpack", qweight, from);
+  const OnDevice device(qweight);
+  const Tensor words = contiguous(qweight);
+  Tensor q = new_empty(qweight, {n, k}, ScalarType::Byte);
+  STD_CUDA_CHECK(
+      cuda::unpack(from, words_of(words), static_cast<std::uint8_t*>(q.mutable_data_ptr()), n, k, device.stream));
+  return q;
+}
+
+Tensor repack(const Tensor& qweight, std::string src, std::string dst) {
+  const core::Layout& from = layout_of("repack", src);
+  const core::Layout& to = layout_of("repack", dst);
+  const auto [n, k] = check_words("repack", qweight, from);
+  check_packable("repack", n, k, to);
+  const OnDevice device(qweight);
+  const core::WordShape shape = core::word_shape(to, n, k);
+  const Tensor source = contiguous(qweight);
+  Tensor target = new_empty(qweight, {shape.rows, shape.cols}, ScalarType::Int);
+  STD_CUDA_CHECK(cuda::repack(from, to, words_of(source), words_of(target), n, k, device.stream));
+  return target;
+}
+
+// --- searches: on a CPU only ----------------------------------------------------------------------------------------
+
+[[noreturn]] void refuse_search(const char* op, const char* tensors) {
+  STD_TORCH_CHECK(false, "awq_ext::", op, ": the search runs on a CPU; move its tensors (", tensors,
+                  ") there with .cpu() first");
+}
+
+std::tuple<Tensor, Tensor> search_scale(const Tensor&, const Tensor&, const Tensor&, std::int64_t, std::int64_t, bool,
+                                        bool, OptionalTensor, OptionalTensor, std::optional<ScalarType>) {
+  refuse_search("search_scale", "w, x_mean, gram, tie, row_weight");
+}
+
+Tensor search_clip(const Tensor&, const Tensor&, std::int64_t, std::int64_t, double, bool, std::optional<ScalarType>) {
+  refuse_search("search_clip", "w, gram");
+}
+
+}  // namespace
+}  // namespace awq::ops
+
+STABLE_TORCH_LIBRARY_IMPL(awq_ext, CUDA, m) {
+  m.impl("linear", TORCH_BOX(&awq::ops::linear));
+  m.impl("dequantize", TORCH_BOX(&awq::ops::dequantize));
+  m.impl("quantize", TORCH_BOX(&awq::ops::quantize));
+  m.impl("pack", TORCH_BOX(&awq::ops::pack));
+  m.impl("unpack", TORCH_BOX(&awq::ops::unpack));
+  m.impl("repack", TORCH_BOX(&awq::ops::repack));
+  m.impl("search_scale", TORCH_BOX(&awq::ops::search_scale));
+  m.impl("search_clip", TORCH_BOX(&awq::ops::search_clip));
+}
