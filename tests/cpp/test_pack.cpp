@@ -99,7 +99,7 @@ TEST_CASE("a code above 15 is reported by the rows that hold it, and spoils no n
     const WordShape shape = word_shape(layout, n, k);
     for (std::int64_t place = 0; place < n * k; ++place) {
       std::vector<std::uint8_t> q(n * k, 3);
-      q[static_cast<std::size_t>(place)] = 0xf5;
+      q[static_cast<std::size_t>(place)] = static_cast<std::uint8_t>(5 | 16 << place % 4);
       const std::int64_t bad_row = locate(layout, n, k, place / k, place % k).word / shape.cols;
       std::vector<std::uint32_t> words(n * k / 8);
       for (std::int64_t row = 0; row < shape.rows; ++row)

@@ -1,0 +1,94 @@
+"""C++ callers: the core's own tests under sanitizers, and a LibTorch program that runs the operators without Python."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils import cpp_extension
+
+import awq_ext
+from awq_ext import _library
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+BUILD = REPOSITORY / "build" / "cpp-tests"
+
+
+def run(*command: str | Path, timeout: int = 800) -> subprocess.CompletedProcess[str]:
+    """Runs a command that must succeed; its whole output is in the failure otherwise."""
+    words = [str(word) for word in command]
+    result = subprocess.run(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=timeout)
+    assert result.returncode == 0, f"{' '.join(words)}\nexited with {result.returncode}:\n{result.stdout}"
+    return result
+
+
+def compiler() -> str:
+    path = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
+    if path is None:
+        pytest.skip("needs a C++ compiler")
+    return path
+
+
+def missing(what: str) -> None:
+    """CI must run these tests; elsewhere a tool that is not installed skips them."""
+    if os.environ.get("CI"):
+        pytest.fail(f"CI must have {what}")
+    pytest.skip(f"needs {what}")
+
+
+@pytest.mark.slow
+def test_core_under_sanitizers() -> None:
+    """Configures, builds and runs tests/cpp, as CONTRIBUTING.md says; the build is kept for the next time."""
+    compiler()
+    if shutil.which("cmake") is None or shutil.which("ctest") is None:
+        missing("cmake")
+    options = ["-DAWQ_OPS=OFF", "-DAWQ_NATIVE=OFF", "-DAWQ_TESTS=ON", "-DAWQ_SANITIZE=ON", "-DAWQ_WERROR=ON"]
+    generator = ["-G", "Ninja"] if shutil.which("ninja") and not (BUILD / "CMakeCache.txt").is_file() else []
+    configure = ["cmake", "-S", str(REPOSITORY), "-B", str(BUILD), *generator, *options]
+    configured = subprocess.run(configure, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300)
+    if configured.returncode and "needs Catch2" in configured.stdout:
+        missing("Catch2 (apt-get install catch2)")
+    assert configured.returncode == 0, configured.stdout
+    run("cmake", "--build", BUILD, "--parallel", str(min(4, os.cpu_count() or 1)))
+    run("ctest", "--test-dir", BUILD, "--output-on-failure", "--no-tests=error")
+
+
+@pytest.mark.skipif(sys.version_info >= (3, 14), reason="TorchScript is not supported on Python 3.14 and later")
+def test_libtorch_program(tmp_path: Path) -> None:
+    """A C++ program loads the library and a scripted AwqLinear, and calls the op through the dispatcher."""
+    include = [Path(path) for path in cpp_extension.include_paths()]
+    if not any((path / "torch" / "script.h").is_file() for path in include):
+        pytest.skip("needs torch's C++ headers (torch/script.h)")
+    library_dirs = cpp_extension.library_paths()
+    program = tmp_path / "main"
+    run(
+        compiler(),
+        "-std=c++20",
+        "-O0",
+        f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
+        *(f"-isystem{path}" for path in include),
+        REPOSITORY / "tests" / "cpp" / "torchscript" / "main.cpp",
+        *(f"-L{path}" for path in library_dirs),
+        *(f"-Wl,-rpath,{path}" for path in library_dirs),
+        "-Wl,--no-as-needed,--allow-shlib-undefined",
+        "-ltorch_cpu",
+        "-lc10",
+        "-ldl",
+        "-o",
+        program,
+    )
+    torch.manual_seed(0)
+    layer = awq_ext.AwqLinear.from_linear(torch.nn.Linear(128, 72), group_size=32)
+    x = torch.randn(5, 128)
+    torch.jit.script(layer).save(str(tmp_path / "module.pt"))
+    torch.save(x, tmp_path / "input.pt")
+    with torch.no_grad():
+        torch.save(layer(x), tmp_path / "expected.pt")
+    library = _library.loaded()[_library.OPS_LIBRARY]
+    output = run(program, library, *(tmp_path / f"{name}.pt" for name in ("module", "input", "expected"))).stdout
+    assert output.count(": right") == 3, output
