@@ -5,6 +5,7 @@ from __future__ import annotations
 import pydoc_data.topics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,9 @@ BUILTIN_TEXT = "builtin"
 def builtin_text() -> tuple[str, str]:
     """Two disjoint halves of CPython's own help topics: one to calibrate on, one to score on."""
     topics = pydoc_data.topics.topics
-    text = "\n".join(topics[key] for key in sorted(topics))
+    # Topics repeat one another, paragraph by paragraph; without repetitions the halves have nothing in common.
+    paragraphs = "\n\n".join(topics[key] for key in sorted(topics)).split("\n\n")
+    text = "\n\n".join(dict.fromkeys(paragraphs))
     return text[: len(text) // 2], text[len(text) // 2 :]
 
 
@@ -31,11 +34,16 @@ def load_text(source: str) -> str:
     """
     if source == BUILTIN_TEXT:
         return builtin_text()[0]
-    path = Path(source).expanduser()
-    if path.is_file():
-        return path.read_text(encoding="utf-8", errors="replace")
-    if path.exists() or path.suffix or path.is_absolute() or source.startswith("."):
-        raise CalibrationError(f"calibration text {source!r} is not a file")
+    shown = source if len(source) <= 200 else f"{source[:200]}..."
+    try:
+        path = Path(source).expanduser()
+        if path.is_file():
+            return path.read_text(encoding="utf-8", errors="replace")
+        meant_as_file = path.exists() or path.suffix or path.is_absolute() or source.startswith((".", "~"))
+    except (OSError, RuntimeError) as error:  # not readable, too long for a name (it is text itself?), no such user
+        raise CalibrationError(f"calibration text {shown!r} cannot be read as a file: {error}") from error
+    if meant_as_file:
+        raise CalibrationError(f"calibration text {shown!r} is not a file")
     return _dataset_text(source)
 
 
@@ -85,27 +93,43 @@ def windows(source: Any, tokenizer: Any, samples: int, seq_len: int) -> Tensor:
 
 
 def _token_ids(source: Any, tokenizer: Any, need: int) -> Iterable[int]:
-    if isinstance(source, Tensor):
-        return source.reshape(-1)[:need].tolist()  # type: ignore[no-any-return]
     if isinstance(source, str):
         if tokenizer is None:
             raise CalibrationError("calibration text needs a tokenizer; pass one, or pass token ids")
-        # Eight characters a token are plenty: a long file need not be tokenized whole to take its beginning.
-        ids = tokenizer(source[: need * 8], add_special_tokens=False).input_ids
-        if len(ids) < need and len(source) > need * 8:
+        # Eight characters a token are plenty: a long file need not be tokenized whole to take its beginning. The cut
+        # may change the tokens of the word it goes through, so there have to be some to spare.
+        enough = need + 64
+        ids = tokenizer(source[: 8 * enough], add_special_tokens=False).input_ids
+        if len(source) > 8 * enough and len(ids) < enough:
             ids = tokenizer(source, add_special_tokens=False).input_ids
         return ids[:need]  # type: ignore[no-any-return]
-    if isinstance(source, Sequence) and source:
-        if all(isinstance(item, str) for item in source):
-            return _token_ids("\n".join(source), tokenizer, need)
-        if all(isinstance(item, int) for item in source):
-            return source[:need]
-        if all(isinstance(item, (Sequence, Tensor)) for item in source):
-            return [int(token) for item in source for token in item][:need]
-    raise CalibrationError(
-        "calibration must be a file name, text, a list of texts, token ids, or a list of token id lists; "
-        f"got {type(source).__name__}"
-    )
+    if _is_list(source) and source and all(isinstance(item, str) for item in source):
+        return _token_ids("\n".join(source), tokenizer, need)
+    parts = [_ids(source)]
+    if parts == [None] and _is_list(source):
+        parts = [_ids(item) for item in source]
+    if None in parts:
+        inside = f" of {', '.join(sorted({type(item).__name__ for item in source}))}" if _is_list(source) else ""
+        kind = f"{source.dtype} tensor" if isinstance(source, Tensor) else type(source).__name__
+        raise CalibrationError(
+            "calibration must be a file name, text, a list of texts, token ids, or a list of token id lists; "
+            f"got a {kind}{inside}"
+        )
+    return [token for part in parts if part is not None for token in part]
+
+
+def _is_list(source: Any) -> bool:
+    return isinstance(source, Sequence) and not isinstance(source, (str, bytes, bytearray))
+
+
+def _ids(source: Any) -> list[int] | None:
+    """Token ids, or None if these are none. Whole numbers only: a float would be cut down to one without a word."""
+    if isinstance(source, Tensor):
+        whole = not (source.is_floating_point() or source.is_complex() or source.dtype == torch.bool)
+        return source.flatten().tolist() if whole else None
+    if _is_list(source) and all(isinstance(token, Integral) for token in source):
+        return [int(token) for token in source]
+    return None
 
 
 class Statistics:
@@ -227,7 +251,7 @@ class BlockInputs:
         def watch(name: str) -> Any:
             def hook(_: nn.Module, __: Any, output: Tensor) -> None:
                 def add(gradient: Tensor) -> None:
-                    square = gradient.detach().reshape(-1, gradient.shape[-1]).square().mean(0)
+                    square = gradient.detach().reshape(-1, gradient.shape[-1]).square().sum(0)
                     total[name] = total[name] + square if name in total else square
 
                 output.register_hook(add)
@@ -235,16 +259,17 @@ class BlockInputs:
             return hook
 
         hooks = [linear.register_forward_hook(watch(name)) for name, linear in linears.items()]
+        windows = self.hidden[:SENSITIVITY_SAMPLES]
         try:
             with torch.enable_grad():
-                for rows in self.hidden[:SENSITIVITY_SAMPLES].split(self.batch):
+                for rows in windows.split(self.batch):
                     out = self._call(index, block, rows.detach().clone().requires_grad_(True))
                     signs = torch.randint(0, 2, out.shape, generator=generator).to(out) * 2 - 1
                     out.backward(signs)
         finally:
             for hook in hooks:
                 hook.remove()
-        return total
+        return {name: square / windows[..., 0].numel() for name, square in total.items()}
 
 
 def _as_float(value: Any) -> Any:

@@ -59,9 +59,10 @@ def linear(
     ``torch.nn.functional.linear`` does, and y has that dtype; scales keep their own. The raw operator
     ``torch.ops.awq_ext.linear`` knows neither gradient nor autocast.
     """
-    if not torch.jit.is_scripting():
-        if torch.is_autocast_enabled(x.device.type) and x.is_floating_point() and x.dtype != torch.float64:
-            x = x.to(torch.get_autocast_dtype(x.device.type))
-        if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
-            return _Linear.apply(x, qweight, scales, qzeros, bias, group_size, layout)  # type: ignore[no-untyped-call,no-any-return]
+    # As for torch's own linear; the meta device has no autocast, and torch refuses to be asked.
+    castable = x.is_floating_point() and x.dtype != torch.float64 and not x.is_meta
+    if castable and torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+        return _Linear.apply(x, qweight, scales, qzeros, bias, group_size, layout)  # type: ignore[no-untyped-call,no-any-return]
     return torch.ops.awq_ext.linear(x, qweight, scales, qzeros, bias, group_size=group_size, layout=layout)  # type: ignore[no-any-return]

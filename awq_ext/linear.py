@@ -1,7 +1,6 @@
 """AwqLinear: the module that stands in for nn.Linear."""
 
-from __future__ import annotations
-
+# No "from __future__ import annotations" here: TorchScript reads the annotations of AwqLinear as types.
 import torch
 from torch import Tensor, nn
 
@@ -58,6 +57,10 @@ class AwqLinear(nn.Module):
         self.register_buffer("bias", torch.empty(out_features, dtype=dtype, device=device) if bias else None)
 
     def forward(self, x: Tensor) -> Tensor:
+        if torch.jit.is_scripting():  # TorchScript compiles neither autograd Functions nor keyword-only defaults
+            return torch.ops.awq_ext.linear(  # type: ignore[no-any-return]
+                x, self.qweight, self.scales, self.qzeros, self.bias, group_size=self.group_size
+            )
         return linear(x, self.qweight, self.scales, self.qzeros, self.bias, group_size=self.group_size)
 
     @classmethod
@@ -69,7 +72,7 @@ class AwqLinear(nn.Module):
         zero_point: bool = True,
         range: Tensor | None = None,
         dtype: torch.dtype | None = None,
-    ) -> AwqLinear:
+    ) -> "AwqLinear":
         """Round a linear's weight to nearest, group by group.
 
         ``range`` (float32 [n, G, 2]) gives the lowest and highest value of each group, see
@@ -88,7 +91,7 @@ class AwqLinear(nn.Module):
         module.qweight = ops.pack(q)
         module.qzeros = ops.pack(zeros)
         module.scales = scales.t().contiguous()
-        module.bias = None if linear.bias is None else linear.bias.detach().to(dtype)
+        module.bias = None if linear.bias is None else linear.bias.detach().to(dtype, copy=True)
         return module.train(linear.training)
 
     @torch.jit.unused

@@ -38,6 +38,7 @@ def linear(
     qweight int32 [k, n/8]; scales float [G, n]; qzeros int32 [G, n/8], None means that every zero is 8;
     bias float [n]. Returns [..., n] in x's dtype. Products are accumulated in float32 (float64 for float64 x) and
     rounded once; a row of x with an infinity or a NaN gives a row without finite guarantees and touches no other.
+    Codes and zeros may be summed apart, so 15 sum |x| over a group must stay within float32's range.
     Layout: AutoAWQ ``awq/modules/linear/gemm.py``.
     """
     return _ops.linear(x, qweight, scales, qzeros, bias, group_size=group_size, layout=layout)  # type: ignore[no-any-return]
@@ -151,6 +152,7 @@ def pack(q: Tensor, *, layout: str = "gemm") -> Tensor:
 
 @torch.library.register_fake("awq_ext::pack")
 def _pack_fake(q: Tensor, *, layout: str = "gemm") -> Tensor:
+    _check_tensors("pack", q=q)
     _check(q.dtype == torch.uint8 and q.dim() == 2, "pack", "q", "[out_features, in_features] uint8", q)
     return q.new_empty(_word_shape("pack", q.shape[0], q.shape[1], layout), dtype=torch.int32)
 
@@ -162,6 +164,7 @@ def unpack(qweight: Tensor, *, layout: str = "gemm") -> Tensor:
 
 @torch.library.register_fake("awq_ext::unpack")
 def _unpack_fake(qweight: Tensor, *, layout: str = "gemm") -> Tensor:
+    _check_tensors("unpack", qweight=qweight)
     return qweight.new_empty(_code_shape("unpack", qweight, layout), dtype=torch.uint8)
 
 
@@ -172,6 +175,7 @@ def repack(qweight: Tensor, *, src: str, dst: str) -> Tensor:
 
 @torch.library.register_fake("awq_ext::repack")
 def _repack_fake(qweight: Tensor, *, src: str, dst: str) -> Tensor:
+    _check_tensors("repack", qweight=qweight)
     n, k = _code_shape("repack", qweight, src)
     return qweight.new_empty(_word_shape("repack", n, k, dst))
 
@@ -198,11 +202,12 @@ def search_scale(
 
     Candidates, in this order: the identity; ``x_mean^r`` for r = 1/grid, 2/grid .. 1; with duo_scaling
     ``x_mean^r / (w_mean^(1-r) + 1e-4)`` for the same r, w_mean[k] = mean over rows of |w| / (largest |w| of its
-    group); each divided by sqrt(max * min). The loss is the squared error of the output, its mean over all tokens,
-    ``sum_rows row_weight d gram d^T`` with ``d = dequantize(quantize(w * c)) / c - w``; smallest wins, the first
-    among equals, so it is never worse than round-to-nearest (``losses[0]``).
+    group + 1e-6); each at least 1e-4, and divided by sqrt(max * min). The loss is the squared error of the output,
+    its mean over all tokens, ``sum_rows row_weight d gram d^T`` with ``d = dequantize(quantize(w * c)) / c - w``;
+    smallest wins, the first among equals, so it is never worse than round-to-nearest (``losses[0]``).
 
-    Returns scale float32 [k] and losses float64 [1 + grid * (2 if duo_scaling else 1)]. CPU only.
+    Returns scale float32 [k] and losses float64 [1 + grid * (2 if duo_scaling else 1)]; a candidate whose group
+    scales ``dtype`` cannot hold has the loss infinity. CPU only. Raises RuntimeError for inputs that are not finite.
     Source: AWQ (arXiv 2306.00978) section 3.2 and AutoAWQ ``awq/quantize/quantizer.py``, with the identity and ratio
     1 added to the grid and all tokens in the loss.
     """
@@ -270,8 +275,8 @@ def search_clip(
     (zero_point only). The loss of a group is ``d gram_gg d^T`` with gram_gg the g x g block on gram's diagonal: the
     mean squared error of the group's part of the output over all tokens. The whole range is a candidate.
 
-    Returns range float32 [n, G, 2]. CPU only. Source: AutoAWQ ``awq/quantize/quantizer.py _compute_best_clip``, with
-    all tokens instead of 512 and with separate ends.
+    Returns range float32 [n, G, 2]. CPU only. Raises RuntimeError for inputs that are not finite. Source: AutoAWQ
+    ``awq/quantize/quantizer.py _compute_best_clip``, with all tokens instead of 512 and with separate ends.
     """
     return _ops.search_clip(  # type: ignore[no-any-return]
         w, gram, group_size=group_size, grid=grid, max_shrink=max_shrink, zero_point=zero_point, dtype=dtype

@@ -50,15 +50,30 @@ def replace_linears(
     """Replace every nn.Linear of ``model`` in place by an AwqLinear that rounds its weight to nearest.
 
     A linear stays as it is when an entry of ``modules_to_not_convert`` is a substring of its full name, or when its
-    shape does not fit the group size. With ``dry_run`` nothing changes. Returns one Decision per nn.Linear.
+    shape does not fit the group size; subclasses of nn.Linear are not touched. With ``dry_run`` nothing changes.
+    Returns one Decision per name of an nn.Linear; a layer that the model holds under several names stays shared.
+    Raises RuntimeError, with the model as it was, if a weight is not finite.
     """
+    if isinstance(modules_to_not_convert, str):  # it would be taken letter by letter
+        raise ValueError(
+            "replace_linears: modules_to_not_convert must be a list of names, "
+            f"got the string {modules_to_not_convert!r}"
+        )
     names = list(modules_to_not_convert)
-    decisions = []
-    for name, linear in [(n, m) for n, m in model.named_modules() if type(m) is nn.Linear]:
-        decision = decide(name, linear, group_size, names)
-        decisions.append(decision)
-        if decision.reason is None and not dry_run:
-            if name == "":
-                raise ValueError("replace_linears: the model is itself an nn.Linear; use AwqLinear.from_linear")
-            model.set_submodule(name, AwqLinear.from_linear(linear, group_size, zero_point=zero_point))
+    linears = {n: m for n, m in model.named_modules(remove_duplicate=False) if type(m) is nn.Linear}
+    decisions = [decide(name, linear, group_size, names) for name, linear in linears.items()]
+    if dry_run:
+        return decisions
+    layers: dict[nn.Linear, AwqLinear] = {}
+    chosen = {decision.name: linears[decision.name] for decision in decisions if decision.reason is None}
+    for name, linear in chosen.items():
+        if name == "":
+            raise ValueError("replace_linears: the model is itself an nn.Linear; use AwqLinear.from_linear")
+        if linear not in layers:
+            try:
+                layers[linear] = AwqLinear.from_linear(linear, group_size, zero_point=zero_point)
+            except RuntimeError as error:
+                raise RuntimeError(f"replace_linears: {name}.weight: {error}") from error
+    for name, linear in chosen.items():
+        model.set_submodule(name, layers[linear])
     return decisions
