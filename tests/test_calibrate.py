@@ -1,0 +1,504 @@
+"""Calibration: text to windows, statistics of inputs, and hidden states moved block by block."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from awq_ext.calibrate import BlockInputs, Statistics, builtin_text, load_text, watching, windows
+from awq_ext.errors import CalibrationError
+
+
+class Words:
+    """A tokenizer of words: one id each, and 0 for a word that it does not know (a word cut in two)."""
+
+    def __init__(self, text: str) -> None:
+        self.ids = {word: i for i, word in enumerate(dict.fromkeys(text.split()), start=1)}
+        self.texts: list[str] = []
+
+    def __call__(self, text: str, add_special_tokens: bool = True) -> Any:
+        self.texts.append(text)
+        ids = [self.ids.get(word, 0) for word in text.split()]
+        return SimpleNamespace(input_ids=[-1, *ids] if add_special_tokens else ids)
+
+
+TEXT = "the quick brown fox jumps over a lazy dog and then it sleeps"  # 13 words
+TOKENIZER = Words(TEXT)
+
+
+# --- load_text ------------------------------------------------------------------------------------------------------
+
+
+def test_load_text_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "text"
+    path.write_bytes("naïve ☃\n".encode() + b"\xff\xfe end")
+    assert load_text(str(path)) == "naïve ☃\n\ufffd\ufffd end"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert load_text("~/text").endswith(" end")
+    monkeypatch.chdir(tmp_path)
+    assert load_text("text") == load_text("./text") == load_text(str(path))
+    (tmp_path / "empty.txt").touch()
+    assert load_text("empty.txt") == ""
+
+
+def test_load_text_that_python_carries() -> None:
+    first, second = builtin_text()
+    assert load_text("builtin") == first
+    assert len(first) > 100_000 and len(second) > 100_000
+    assert builtin_text() == (first, second)
+    shared = {p.strip() for p in first.split("\n\n")} & {p.strip() for p in second.split("\n\n")}
+    assert sum(map(len, shared)) < 0.01 * len(second)  # a score on the second half is one on text that was not seen
+
+
+@pytest.mark.parametrize(
+    "name", ["missing.txt", "./missing", "/missing", "../missing", "a/b.json", "~nobody-here/x", "~/missing"]
+)
+def test_load_text_names_the_missing_file(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("awq_ext.calibrate._dataset_text", lambda source: pytest.fail("asked the hub for a file"))
+    with pytest.raises(CalibrationError, match=re.escape(repr(name))):
+        load_text(name)
+
+
+def test_load_text_of_a_directory_and_of_text_itself(tmp_path: Path) -> None:
+    with pytest.raises(CalibrationError, match=f"{re.escape(repr(str(tmp_path)))} is not a file"):
+        load_text(str(tmp_path))
+    with pytest.raises(CalibrationError, match="cannot be read as a file") as caught:
+        load_text("It was a dark and stormy night. " * 200)
+    assert len(str(caught.value).split("cannot be read")[0]) < 300
+
+
+class Rows(dict[str, list[str]]):
+    """As much of a dataset as is read."""
+
+    def __init__(self, **columns: list[Any]) -> None:
+        super().__init__(columns)
+        self.column_names = list(columns)
+        kinds = {str: "string", int: "int64"}
+        self.features = {name: SimpleNamespace(dtype=kinds[type(rows[0])]) for name, rows in columns.items()}
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], list[tuple[str, str]]]:
+    """Puts an answer, or an error, in the place of datasets.load_dataset; returns what it was asked for."""
+
+    def answer(rows: Any) -> list[tuple[str, str]]:
+        asked: list[tuple[str, str]] = []
+
+        def load_dataset(name: str, split: str) -> Any:
+            asked.append((name, split))
+            if isinstance(rows, Exception):
+                raise rows
+            return rows
+
+        monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+        return asked
+
+    return answer
+
+
+def test_load_text_of_a_dataset(hub: Callable[[Any], list[tuple[str, str]]]) -> None:
+    asked = hub(Rows(id=[1, 2], title=["t", "u"], text=["first", "second"]))
+    assert load_text("owner/name") == "first\nsecond"
+    assert load_text("owner/name:test") == "first\nsecond"
+    assert load_text("pileval") == "first\nsecond"
+    assert asked == [
+        ("owner/name", "train"),
+        ("owner/name", "test"),
+        ("mit-han-lab/pile-val-backup", "validation"),
+    ]
+    hub(Rows(id=[1, 2], content=["a", "b"]))
+    assert load_text("owner/name") == "a\nb"
+    hub(Rows(id=[1, 2]))
+    with pytest.raises(CalibrationError, match=r"'owner/name' has no text column, only \['id'\]"):
+        load_text("owner/name")
+
+
+def test_load_text_of_a_dataset_that_cannot_be_had(
+    hub: Callable[[Any], list[tuple[str, str]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub(ConnectionError("Couldn't reach 'owner/name' on the Hub (OfflineModeIsEnabled)"))
+    with pytest.raises(CalibrationError) as caught:
+        load_text("owner/name")
+    text = str(caught.value)
+    assert "'owner/name' is no file" in text and "ConnectionError: Couldn't reach" in text and "'builtin'" in text
+    monkeypatch.setitem(sys.modules, "datasets", None)  # not installed
+    with pytest.raises(CalibrationError, match=r"needs the package datasets: pip install 'awq_ext\[hf\]'"):
+        load_text("owner/name")
+
+
+# --- windows --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        TEXT,
+        [TEXT],
+        TEXT.split(),  # a list of texts
+        tuple(TEXT.split()),
+        list(range(1, 14)),
+        tuple(range(1, 14)),
+        range(1, 14),
+        [np.int64(i) for i in range(1, 14)],
+        torch.arange(1, 14),
+        torch.arange(1, 14, dtype=torch.int32).view(1, 13),
+        torch.arange(1, 13).view(3, 4),
+        [[1, 2, 3], [4], [], [5, 6, 7, 8, 9, 10, 11, 12, 13]],  # AutoAWQ: a list of token id lists
+        [torch.arange(1, 5), torch.arange(5, 14)],
+        [torch.arange(1, 14).view(1, 13)],  # as tokenizers return with return_tensors="pt"
+        ([1, 2, 3, 4], (5, 6, 7, 8), torch.arange(9, 13)),
+    ],
+    ids=lambda source: f"{type(source).__name__} of {type(source[0]).__name__}",
+)
+def test_windows_are_the_first_tokens_in_order(source: Any) -> None:
+    ids = windows(source, TOKENIZER, samples=3, seq_len=4)
+    assert ids.dtype == torch.int64
+    assert ids.tolist() == [[1, 2, 3, 4], [5, 6, 7, 8], [9, 10, 11, 12]]
+
+
+def test_windows_join_texts_by_newlines_and_add_no_special_tokens() -> None:
+    tokenizer = Words("a b c")
+    assert windows(["a b", "c"], tokenizer, 1, 3).tolist() == [[1, 2, 3]]
+    assert tokenizer.texts == ["a b\nc"]
+
+
+def test_windows_need_enough_tokens() -> None:
+    with pytest.raises(
+        CalibrationError, match=r"has 13 tokens, but 4 samples of 4 need 16\. .* at most 3 samples of 4"
+    ):
+        windows(TEXT, TOKENIZER, samples=4, seq_len=4)
+    assert windows(TEXT, TOKENIZER, samples=13, seq_len=1).shape == (13, 1)
+    for source in ("", [""], [], [[]], torch.empty(0, dtype=torch.int64)):
+        with pytest.raises(CalibrationError):
+            windows(source, TOKENIZER, 1, 1)
+    for samples, seq_len in ((0, 4), (4, 0), (-1, 4), (4, -1)):
+        with pytest.raises(CalibrationError, match=f"must be positive, got {samples} and {seq_len}"):
+            windows(TEXT, TOKENIZER, samples, seq_len)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        None,
+        7,
+        1.5,
+        [1.0, 2.0, 3.0],
+        [[1, 2], [3.5]],
+        torch.arange(13.0),
+        torch.ones(13, dtype=torch.bool),
+        [torch.arange(13.0)],
+        ["text", 5],
+        ["text", [1, 2]],
+        [["text", "text"]],
+        [["1", "2", "3"]],
+        b"bytes are numbers too",
+        [b"bytes"],
+        {"input_ids": [1, 2, 3]},
+        {1, 2, 3},
+        np.arange(13),
+        iter([1, 2, 3]),
+        [[[1, 2]]],
+        [None],
+    ],
+    ids=repr,
+)
+def test_windows_refuse_what_is_neither_text_nor_ids(source: Any) -> None:
+    """In particular nothing that would become an id only by being cut down to a whole number."""
+    with pytest.raises(CalibrationError, match=r"calibration must be .*token ids.*; got a"):
+        windows(source, TOKENIZER, 1, 2)
+
+
+def test_windows_of_text_need_a_tokenizer_and_those_of_ids_do_not() -> None:
+    for source in (TEXT, [TEXT]):
+        with pytest.raises(CalibrationError, match="needs a tokenizer"):
+            windows(source, None, 1, 2)
+    assert windows([1, 2], None, 1, 2).tolist() == [[1, 2]]
+
+
+def test_a_long_text_is_not_tokenized_whole() -> None:
+    text = "word " * 100_000
+    tokenizer = Words(text)
+    assert windows(text, tokenizer, 4, 16).unique().tolist() == [1]
+    assert sum(map(len, tokenizer.texts)) < 20_000
+
+
+@pytest.mark.parametrize("length", [6, 7, 8, 9, 12, 40])
+@pytest.mark.parametrize("need", [1, 2, 3, 16, 100])
+def test_tokens_do_not_depend_on_where_a_long_text_is_cut(length: int, need: int) -> None:
+    """Cutting inside a word would give tokens that the text does not have."""
+    text = " ".join(f"{i:0{length + i % 3}d}" for i in range(1, 400))
+    assert windows(text, Words(text), 1, need).tolist() == [list(range(1, need + 1))]
+
+
+def test_windows_with_a_real_tokenizer(tiny_llama: Path) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    text = " ".join(f"the number {i} and the dog" for i in range(300))
+    whole = tokenizer(text, add_special_tokens=False).input_ids
+    assert windows(text, tokenizer, 5, 8).flatten().tolist() == whole[:40]
+    assert windows([whole[:25], whole[25:]], None, 5, 8).flatten().tolist() == whole[:40]
+
+
+# --- statistics -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_statistics_equal_their_definition(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    parts = [
+        torch.randn(shape, generator=generator).to(dtype) for shape in ((5, 24), (2, 7, 24), (24,), (0, 24), (1, 1, 24))
+    ]
+    statistics = Statistics()
+    for part in parts:
+        statistics.add(part)
+    x = torch.cat([part.reshape(-1, 24) for part in parts]).double()
+    x_mean, gram = statistics.result("name")
+    assert statistics.tokens == len(x) == 21
+    assert x_mean.dtype == gram.dtype == torch.float32 and x_mean.shape == (24,) and gram.shape == (24, 24)
+    torch.testing.assert_close(x_mean.double(), x.abs().mean(0), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(gram.double(), x.t() @ x / len(x), rtol=1e-5, atol=1e-6)
+    before = x_mean.clone()
+    statistics.add(parts[0])
+    assert torch.equal(x_mean, before)  # a result is not changed by what comes later
+
+
+def test_statistics_of_half_precision_do_not_overflow() -> None:
+    statistics = Statistics()
+    statistics.add(torch.full((1000, 8), 60000.0, dtype=torch.float16))
+    x_mean, gram = statistics.result("name")
+    assert (x_mean == 60000).all() and torch.allclose(gram, torch.full((8, 8), 3.6e9))
+
+
+def test_statistics_refuse() -> None:
+    with pytest.raises(CalibrationError, match=r"layers.0.mlp.down_proj got no calibration token"):
+        Statistics().result("layers.0.mlp.down_proj")
+    empty = Statistics()
+    empty.add(torch.empty(0, 8))
+    with pytest.raises(CalibrationError, match=r"got no calibration token"):
+        empty.result("name")
+    for bad in (float("nan"), float("inf"), 1e30):  # the square of 1e30 is beyond float32
+        statistics = Statistics()
+        statistics.add(torch.ones(3, 8))
+        statistics.add(torch.full((1, 8), bad))
+        with pytest.raises(CalibrationError, match=r"the input of layers.3.q_proj is not finite"):
+            statistics.result("layers.3.q_proj")
+
+
+def test_statistics_keep_no_graph() -> None:
+    statistics = Statistics()
+    x = torch.randn(4, 8, requires_grad=True)
+    statistics.add(x * 2)
+    assert not any(t.requires_grad for t in statistics.result("name"))
+
+
+def test_watching_sees_inputs_only_while_it_is_open() -> None:
+    model = nn.ModuleDict({"a": nn.Linear(8, 4), "b": nn.Linear(4, 2)})
+    x = torch.randn(5, 8)
+    with watching(model) as statistics:
+        model["b"](model["a"](x))
+        model["b"](model["a"](x))
+    model["a"](x)
+    assert {name: s.tokens for name, s in statistics.items()} == {"a": 10, "b": 10}
+    torch.testing.assert_close(statistics["a"].result("a")[0], x.abs().mean(0))
+    torch.testing.assert_close(statistics["b"].result("b")[0], model["a"](x).abs().mean(0).detach())
+    with pytest.raises(KeyError), watching(model):
+        raise KeyError
+    assert all(not module._forward_pre_hooks for module in model.values())
+
+
+# --- hidden states, block by block ----------------------------------------------------------------------------------
+
+SEQ_LEN = 24
+
+
+def llama(**options: Any) -> nn.Module:
+    transformers = pytest.importorskip("transformers", reason="needs the extra 'hf'")
+    config = transformers.LlamaConfig(
+        vocab_size=100,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        **options,
+    )
+    torch.manual_seed(0)
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+def gemma(**options: Any) -> nn.Module:
+    """Sliding and full attention in turn, each with its own mask and its own rotary embedding."""
+    transformers = pytest.importorskip("transformers", reason="needs the extra 'hf'")
+    config = transformers.Gemma3TextConfig(
+        vocab_size=100,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        sliding_window=5,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
+        max_position_embeddings=64,
+        **options,
+    )
+    torch.manual_seed(0)
+    return transformers.Gemma3ForCausalLM(config).eval()
+
+
+def hidden_states(model: Any, ids: Tensor) -> list[Tensor]:
+    """What stands in front of every block, and behind the last one, in the model's own forward pass."""
+    states: list[Tensor] = []
+    blocks = list(model.model.layers)
+    hooks = [block.register_forward_pre_hook(lambda _, args: states.append(args[0])) for block in blocks]
+    hooks.append(
+        blocks[-1].register_forward_hook(lambda _, args, out: states.append(out[0] if isinstance(out, tuple) else out))
+    )
+    model(ids, use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    return states
+
+
+@pytest.mark.parametrize("make", [llama, gemma])
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("samples", [1, 5, 6])  # batches of 1, of 1 (5 has no divisor up to 4), of 3
+@torch.no_grad()
+def test_blocks_run_one_by_one_give_the_models_hidden_states(
+    make: Callable[..., nn.Module], attention: str, samples: int
+) -> None:
+    model: Any = make(attn_implementation=attention)
+    ids = torch.randint(0, 100, (samples, SEQ_LEN), generator=torch.Generator().manual_seed(1))
+    want = hidden_states(model, ids)
+    inputs = BlockInputs(model, list(model.model.layers), ids)
+    assert samples % inputs.batch == 0
+    assert inputs.hidden.dtype == torch.float32 and inputs.hidden.shape == (samples, SEQ_LEN, 32)
+    for index, block in enumerate(model.model.layers):
+        torch.testing.assert_close(inputs.hidden, want[index], rtol=1e-5, atol=1e-5)
+        inputs.hidden = inputs.run(index, block)
+    torch.testing.assert_close(inputs.hidden, want[-1], rtol=1e-5, atol=1e-5)
+    assert all(not m._forward_pre_hooks and not m._forward_hooks for m in model.modules())
+
+
+@torch.no_grad()
+def test_the_sliding_window_matters_in_the_test_above() -> None:
+    """Or it could not tell one mask from another."""
+    ids = torch.randint(0, 100, (2, SEQ_LEN), generator=torch.Generator().manual_seed(1))
+    model: Any = gemma()
+    narrow = hidden_states(model, ids)
+    inputs = BlockInputs(model, list(model.model.layers), ids)
+    swapped = inputs.run(1, model.model.layers[0])  # the first block under the second block's mask and rotation
+    assert (swapped - narrow[1]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("make", [llama, gemma])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@torch.no_grad()
+def test_half_precision_models_are_run_in_float32(make: Callable[..., nn.Module], dtype: torch.dtype) -> None:
+    """The weights are those of the half-precision model, the arithmetic in the blocks is float32; what is computed
+    before the first block (embeddings, rotary tables) has been rounded to the model's dtype."""
+    model: Any = make().to(dtype)
+    ids = torch.randint(0, 100, (4, SEQ_LEN), generator=torch.Generator().manual_seed(1))
+    inputs = BlockInputs(model, list(model.model.layers), ids)
+    assert inputs.hidden.dtype == torch.float32
+    want = hidden_states(model.float(), ids)
+    unit = torch.finfo(dtype).eps
+    for index, block in enumerate(model.model.layers):
+        inputs.hidden = inputs.run(index, block)
+        assert inputs.hidden.dtype == torch.float32
+        error = (inputs.hidden - want[index + 1]).square().mean().sqrt() / want[index + 1].square().mean().sqrt()
+        assert error < 2 * unit
+
+
+@torch.no_grad()
+def test_blocks_see_no_cache_and_the_model_is_left_as_it_was() -> None:
+    model: Any = llama()
+    model.config.use_cache = True
+    ids = torch.randint(0, 100, (4, SEQ_LEN))
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    inputs = BlockInputs(model, list(model.model.layers), ids)
+    first = inputs.run(0, model.model.layers[0])
+    assert torch.equal(inputs.run(0, model.model.layers[0]), first)  # a cache would have grown
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+class Toy(nn.Module):
+    """Blocks called in an odd way: by keyword, with positional extras, and a block that is never called."""
+
+    def __init__(self, *blocks: nn.Module, skip_last: bool = False) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(50, 8)
+        self.blocks = nn.ModuleList(blocks)
+        self.skip_last = skip_last
+
+    def forward(self, ids: Tensor, use_cache: bool = True) -> Tensor:
+        hidden = self.embed(ids)
+        for block in self.blocks[: -1 if self.skip_last else None]:
+            hidden = block(hidden)
+        return hidden
+
+
+class TwoLayers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.outer = nn.Linear(8, 12), nn.Linear(12, 8)
+
+    def forward(self, hidden_states: Tensor) -> tuple[Tensor]:
+        return (self.outer(self.inner(hidden_states)),)
+
+
+class Chained(nn.Module):
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.block(hidden_states)[0]
+
+
+@torch.no_grad()
+def test_a_block_that_is_never_called_is_an_error() -> None:
+    blocks = [Chained(TwoLayers()), Chained(TwoLayers())]
+    with pytest.raises(CalibrationError, match="the model called 1 of its 2 blocks"):
+        BlockInputs(Toy(*blocks, skip_last=True), blocks, torch.zeros(2, 3, dtype=torch.int64))
+    assert all(not block._forward_pre_hooks for block in blocks)
+
+
+@torch.no_grad()
+def test_errors_of_the_model_pass_through_and_leave_no_hooks() -> None:
+    blocks = [Chained(TwoLayers())]
+    with pytest.raises(IndexError):
+        BlockInputs(Toy(*blocks), blocks, torch.full((2, 3), 1000))  # an id beyond the vocabulary
+    assert all(not block._forward_pre_hooks for block in blocks)
+
+
+@torch.no_grad()
+def test_sensitivity_is_the_square_of_the_derivative() -> None:
+    """For a linear block it is known: 1 for the last layer, and the column norms of the last weight for the first."""
+    torch.manual_seed(0)
+    block = TwoLayers()
+    model = Toy(Chained(block))
+    ids = torch.randint(0, 50, (8, 500))
+    inputs = BlockInputs(model, list(model.blocks), ids)
+    linears = {"inner": block.inner, "outer": block.outer}
+    found = inputs.sensitivity(0, model.blocks[0], linears, torch.Generator().manual_seed(0))
+    assert {name: value.shape for name, value in found.items()} == {"inner": (12,), "outer": (8,)}
+    torch.testing.assert_close(found["outer"], torch.ones(8))  # the square of a sign, exactly
+    want = block.outer.weight.square().sum(0)
+    torch.testing.assert_close(found["inner"], want, rtol=0.1, atol=0)  # an estimate from 4000 tokens
+    again = inputs.sensitivity(0, model.blocks[0], linears, torch.Generator().manual_seed(0))
+    assert all(torch.equal(found[name], again[name]) for name in found)
+    assert all(parameter.grad is None for parameter in [model.embed.weight])
+    assert all(not module._forward_hooks for module in model.modules())
