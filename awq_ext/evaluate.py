@@ -140,18 +140,20 @@ def generate(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int, chat:
         raise AwqError("the prompt is empty: there is nothing to continue")
     _check_fits(model, ids, max_new_tokens)
     ids = ids.to(model.device)
-    # Not the model's own generation config: its penalties and sampling would make "greedy" something else.
-    ends = model.generation_config.eos_token_id if model.generation_config is not None else None
-    ends = tokenizer.eos_token_id if ends is None else ends
+    own = model.generation_config
+    ends = tokenizer.eos_token_id if own.eos_token_id is None else own.eos_token_id
     pad = tokenizer.pad_token_id
     if pad is None:
         pad = ends[0] if isinstance(ends, list) else ends
-    config = GenerationConfig(  # type: ignore[no-untyped-call]
-        do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=ends, pad_token_id=pad
-    )
-    start = time.perf_counter()
-    output = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
-    new = output[0, ids.shape[1] :].tolist()  # waits for the device
+    config = GenerationConfig(do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=ends, pad_token_id=pad)
+    # generate() takes what `config` leaves open (penalties, banned words) from the model's own, and greedy has none.
+    model.generation_config = config
+    try:
+        start = time.perf_counter()
+        output = model.generate(ids, attention_mask=torch.ones_like(ids))
+        new = output[0, ids.shape[1] :].tolist()  # waits for the device
+    finally:
+        model.generation_config = own
     seconds = time.perf_counter() - start
     return Generation(tokenizer.decode(new, skip_special_tokens=True), ids.shape[1], len(new), seconds)
 

