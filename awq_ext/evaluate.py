@@ -145,9 +145,10 @@ def generate(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int, chat:
     pad = tokenizer.pad_token_id
     if pad is None:
         pad = ends[0] if isinstance(ends, list) else ends
-    config = GenerationConfig(do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=ends, pad_token_id=pad)
-    # generate() takes what `config` leaves open (penalties, banned words) from the model's own, and greedy has none.
-    model.generation_config = config
+    # Passed as an argument, what this leaves open (penalties, banned words) would come from the model's own.
+    model.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
+        do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=ends, pad_token_id=pad
+    )
     try:
         start = time.perf_counter()
         output = model.generate(ids, attention_mask=torch.ones_like(ids))
