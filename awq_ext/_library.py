@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 from pathlib import Path
@@ -73,10 +74,9 @@ def native() -> ModuleType:
     if override and override not in package_path:
         package_path.insert(0, override)
     try:
-        from awq_ext import _native
+        return importlib.import_module("awq_ext._native")
     except ImportError as error:
         raise LibraryError(
             f"awq_ext._native is not built for this Python ({sys.version.split()[0]}): {error}. "
             "The operators work without it; reinstall with 'pip install .' to have it."
         ) from error
-    return _native

@@ -83,7 +83,7 @@ class AutoAWQForCausalLM(nn.Module):
         except ValueError as error:
             raise UnsupportedModelError(f"{path}: {error}") from error
         model.to(device)  # type: ignore[arg-type]
-        model.eval()  # type: ignore[no-untyped-call]
+        model.eval()
         return cls(model, path)
 
     @classmethod

@@ -66,8 +66,10 @@ def _dataset_text(source: str) -> str:
             f"{source!r} is no file, and could not be read as a dataset ({type(error).__name__}: {error}). "
             "Pass a text file, or 'builtin' for the text that Python itself carries"
         ) from error
-    column = "text" if "text" in rows.column_names else next(
-        (n for n, f in rows.features.items() if getattr(f, "dtype", None) == "string"), None
+    column = (
+        "text"
+        if "text" in rows.column_names
+        else next((n for n, f in rows.features.items() if getattr(f, "dtype", None) == "string"), None)
     )
     if column is None:
         raise CalibrationError(f"dataset {source!r} has no text column, only {rows.column_names}")
@@ -102,7 +104,7 @@ def _token_ids(source: Any, tokenizer: Any, need: int) -> Iterable[int]:
         ids = tokenizer(source[: 8 * enough], add_special_tokens=False).input_ids
         if len(source) > 8 * enough and len(ids) < enough:
             ids = tokenizer(source, add_special_tokens=False).input_ids
-        return ids[:need]  # type: ignore[no-any-return]
+        return ids[:need]
     if _is_list(source) and source and all(isinstance(item, str) for item in source):
         return _token_ids("\n".join(source), tokenizer, need)
     parts = [_ids(source)]

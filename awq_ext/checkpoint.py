@@ -94,7 +94,7 @@ def load_quantized(
         except Exception as error:  # whatever a wrong value leads to
             raise CheckpointError(f"{checkpoint.path / 'generation_config.json'} is not valid: {error}") from error
     model.config.quantization_config = checkpoint.quant.to_dict()
-    model.eval()  # type: ignore[no-untyped-call]
+    model.eval()
     return model
 
 
@@ -142,9 +142,7 @@ def _skeleton(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
     try:
         config = CONFIG_MAPPING[kind].from_dict(fields)
         with init_empty_weights(include_buffers=False):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-                config, trust_remote_code=False
-            )
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
         model.tie_weights()  # init_empty_weights gives each of two tied parameters a tensor of its own
     except Exception as error:  # whatever a wrong value leads to, deep in a model's constructor
         raise CheckpointError(f"{file} does not describe a '{kind}' model: {type(error).__name__}: {error}") from error
@@ -344,7 +342,7 @@ def _describe(model: PreTrainedModel) -> QuantConfig:
     stated = getattr(model.config, "quantization_config", None)
     listed = stated.get("modules_to_not_convert") if isinstance(stated, dict) else None
     skipped = list(listed or ())
-    head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    head = model.get_output_embeddings()
     for name, module in model.named_modules():
         # Readers that convert every Linear must be told which ones are plain; the head they never convert.
         if isinstance(module, nn.Linear) and module is not head and not any(part in name for part in skipped):
@@ -402,7 +400,7 @@ def _config_fields(model: PreTrainedModel, quant: QuantConfig) -> dict[str, Any]
     fields["architectures"] = [type(model).__name__]
     fields["dtype"] = fields["torch_dtype"] = str(model.dtype).removeprefix("torch.")
     fields["quantization_config"] = quant.to_dict()
-    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()  # type: ignore[no-untyped-call]
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
     if head is not None and head.weight is not embeddings.weight and getattr(config, "tie_word_embeddings", False):
         fields["tie_word_embeddings"] = False  # loaded from files that contradict their config; both are written
     rope = fields.get("rope_parameters")

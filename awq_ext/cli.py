@@ -102,8 +102,8 @@ def _hush_libraries() -> None:
     with contextlib.suppress(ImportError):
         import transformers
 
-        transformers.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-        transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+        transformers.utils.logging.set_verbosity_error()
+        transformers.utils.logging.disable_progress_bar()
 
 
 # --- arguments ------------------------------------------------------------------------------------------------------

@@ -23,13 +23,13 @@ class _Linear(torch.autograd.Function):
         group_size: int,
         layout: str,
     ) -> Tensor:
-        ctx.save_for_backward(qweight, scales, qzeros)
+        ctx.save_for_backward(qweight, scales, qzeros)  # type: ignore[arg-type]  # None may be saved too
         ctx.group_size, ctx.layout = group_size, layout  # type: ignore[attr-defined]
         ctx.bias_dtype = None if bias is None else bias.dtype  # type: ignore[attr-defined]
         return torch.ops.awq_ext.linear(x, qweight, scales, qzeros, bias, group_size=group_size, layout=layout)
 
     @staticmethod
-    def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def,override]
+    def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
         qweight, scales, qzeros = ctx.saved_tensors
         grad_x = grad_bias = None
         if ctx.needs_input_grad[0]:
@@ -64,5 +64,5 @@ def linear(
     if castable and torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
-        return _Linear.apply(x, qweight, scales, qzeros, bias, group_size, layout)  # type: ignore[no-untyped-call,no-any-return]
-    return torch.ops.awq_ext.linear(x, qweight, scales, qzeros, bias, group_size=group_size, layout=layout)  # type: ignore[no-any-return]
+        return _Linear.apply(x, qweight, scales, qzeros, bias, group_size, layout)
+    return torch.ops.awq_ext.linear(x, qweight, scales, qzeros, bias, group_size=group_size, layout=layout)

@@ -58,7 +58,7 @@ class AwqLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.jit.is_scripting():  # TorchScript compiles neither autograd Functions nor keyword-only defaults
-            return torch.ops.awq_ext.linear(  # type: ignore[no-any-return]
+            return torch.ops.awq_ext.linear(
                 x, self.qweight, self.scales, self.qzeros, self.bias, group_size=self.group_size
             )
         return linear(x, self.qweight, self.scales, self.qzeros, self.bias, group_size=self.group_size)

@@ -38,10 +38,11 @@ def linear(
     qweight int32 [k, n/8]; scales float [G, n]; qzeros int32 [G, n/8], None means that every zero is 8;
     bias float [n]. Returns [..., n] in x's dtype. Products are accumulated in float32 (float64 for float64 x) and
     rounded once; a row of x with an infinity or a NaN gives a row without finite guarantees and touches no other.
-    Codes and zeros may be summed apart, so 15 sum |x| over a group must stay within float32's range.
+    Codes and zeros may be summed apart, so 15 sum |x| over a group must stay within float32's range. On CUDA the
+    weight is rounded to x's dtype first, and the product is torch's own.
     Layout: AutoAWQ ``awq/modules/linear/gemm.py``.
     """
-    return _ops.linear(x, qweight, scales, qzeros, bias, group_size=group_size, layout=layout)  # type: ignore[no-any-return]
+    return _ops.linear(x, qweight, scales, qzeros, bias, group_size=group_size, layout=layout)
 
 
 @torch.library.register_fake("awq_ext::linear")
@@ -77,7 +78,7 @@ def dequantize(
 
     (q - z) * s is computed in float32 and rounded once to ``dtype``. Arguments as for :func:`linear`.
     """
-    return _ops.dequantize(qweight, scales, qzeros, group_size=group_size, layout=layout, dtype=dtype)  # type: ignore[no-any-return]
+    return _ops.dequantize(qweight, scales, qzeros, group_size=group_size, layout=layout, dtype=dtype)
 
 
 @torch.library.register_fake("awq_ext::dequantize")
@@ -116,7 +117,7 @@ def quantize(
     Source of the formulas: AutoAWQ ``awq/quantize/quantizer.py pseudo_quantize_tensor``, with a range that always
     includes zero, so that a group of one sign does not saturate.
     """
-    return _ops.quantize(w, group_size=group_size, zero_point=zero_point, range=range, dtype=dtype)  # type: ignore[no-any-return]
+    return _ops.quantize(w, group_size=group_size, zero_point=zero_point, range=range, dtype=dtype)
 
 
 @torch.library.register_fake("awq_ext::quantize")
@@ -147,7 +148,7 @@ def pack(q: Tensor, *, layout: str = "gemm") -> Tensor:
     Zero points of ``gemm`` are packed by the same call: zeros [n, G] -> qzeros [G, n/8]. Bits above the lowest four
     of a code raise RuntimeError on a CPU; on CUDA (no synchronisation) they are dropped.
     """
-    return _ops.pack(q, layout=layout)  # type: ignore[no-any-return]
+    return _ops.pack(q, layout=layout)
 
 
 @torch.library.register_fake("awq_ext::pack")
@@ -159,7 +160,7 @@ def _pack_fake(q: Tensor, *, layout: str = "gemm") -> Tensor:
 
 def unpack(qweight: Tensor, *, layout: str = "gemm") -> Tensor:
     """int32 words of ``layout`` -> codes q uint8 [n, k]; the inverse of :func:`pack`."""
-    return _ops.unpack(qweight, layout=layout)  # type: ignore[no-any-return]
+    return _ops.unpack(qweight, layout=layout)
 
 
 @torch.library.register_fake("awq_ext::unpack")
@@ -170,7 +171,7 @@ def _unpack_fake(qweight: Tensor, *, layout: str = "gemm") -> Tensor:
 
 def repack(qweight: Tensor, *, src: str, dst: str) -> Tensor:
     """int32 words of layout ``src`` -> int32 words of layout ``dst``, holding the same codes."""
-    return _ops.repack(qweight, src=src, dst=dst)  # type: ignore[no-any-return]
+    return _ops.repack(qweight, src=src, dst=dst)
 
 
 @torch.library.register_fake("awq_ext::repack")
@@ -211,7 +212,7 @@ def search_scale(
     Source: AWQ (arXiv 2306.00978) section 3.2 and AutoAWQ ``awq/quantize/quantizer.py``, with the identity and ratio
     1 added to the grid and all tokens in the loss.
     """
-    return _ops.search_scale(  # type: ignore[no-any-return]
+    return _ops.search_scale(
         w,
         x_mean,
         gram,
@@ -278,7 +279,7 @@ def search_clip(
     Returns range float32 [n, G, 2]. CPU only. Raises RuntimeError for inputs that are not finite. Source: AutoAWQ
     ``awq/quantize/quantizer.py _compute_best_clip``, with all tokens instead of 512 and with separate ends.
     """
-    return _ops.search_clip(  # type: ignore[no-any-return]
+    return _ops.search_clip(
         w, gram, group_size=group_size, grid=grid, max_shrink=max_shrink, zero_point=zero_point, dtype=dtype
     )
 
@@ -298,9 +299,7 @@ def _search_clip_fake(
     n, groups = _check_float_weight("search_clip", w, group_size)
     _check_storage("search_clip", dtype)
     _check_grid("search_clip", grid)
-    torch._check(
-        0 <= max_shrink < 1, lambda: f"awq_ext::search_clip: max_shrink must be in [0, 1), got {max_shrink}"
-    )
+    torch._check(0 <= max_shrink < 1, lambda: f"awq_ext::search_clip: max_shrink must be in [0, 1), got {max_shrink}")
     _check_gram("search_clip", gram, w.shape[1])
     return w.new_empty((n, groups, 2), dtype=torch.float32)
 
@@ -308,8 +307,10 @@ def _search_clip_fake(
 def _check(condition: bool, op: str, name: str, expected: str, got: Tensor) -> None:
     torch._check(
         condition,
-        lambda: f"awq_ext::{op}: {name} must be {expected}, got {list(got.shape)} "
-        f"{str(got.dtype).removeprefix('torch.')} on {got.device}",
+        lambda: (
+            f"awq_ext::{op}: {name} must be {expected}, got {list(got.shape)} "
+            f"{str(got.dtype).removeprefix('torch.')} on {got.device}"
+        ),
     )
 
 
@@ -318,7 +319,7 @@ def _check_tensors(op: str, **tensors: Tensor | None) -> None:
     first, *_ = tensors
     for name, tensor in tensors.items():
         if tensor is None:
-            torch._check(name in _OPTIONAL, lambda name=name: f"awq_ext::{op}: {name} must be a tensor, got None")  # type: ignore[misc]
+            torch._check(name in _OPTIONAL, lambda name=name: f"awq_ext::{op}: {name} must be a tensor, got None")
         elif (home := tensors[first]) is not None:
             _check(tensor.device == home.device, op, name, f"on the device of {first}, which is {home.device}", tensor)
 
@@ -393,10 +394,7 @@ def _check_weight(
     _check(scales_ok, op, "scales", f"[{groups}, {n}] float", scales)
     if qzeros is not None:
         zeros_ok = (
-            qzeros.dtype == torch.int32
-            and qzeros.dim() == 2
-            and qzeros.shape[0] == groups
-            and qzeros.shape[1] * 8 == n
+            qzeros.dtype == torch.int32 and qzeros.dim() == 2 and qzeros.shape[0] == groups and qzeros.shape[1] * 8 == n
         )
         _check(zeros_ok, op, "qzeros", f"[{groups}, {n // 8}] int32", qzeros)
     return k, n

@@ -102,7 +102,7 @@ def quantize(
         from awq_ext.checkpoint import save_quantized
 
         save_quantized(model, out, tokenizer)
-    return model  # type: ignore[no-any-return]
+    return model
 
 
 def _merged(quant_config: Mapping[str, Any] | None, **arguments: Any) -> dict[str, Any]:
@@ -118,6 +118,10 @@ def _merged(quant_config: Mapping[str, Any] | None, **arguments: Any) -> dict[st
             raise ValueError(f"quantize: unknown key {key!r} in quant_config, expected {', '.join(config)} or version")
     if config["w_bit"] != 4:
         raise ValueError(f"quantize: w_bit must be 4, got {config['w_bit']!r}")
+    if isinstance(config["modules_to_not_convert"], str):  # it would be taken letter by letter
+        raise ValueError(
+            f"quantize: modules_to_not_convert must be a list of names, got {config['modules_to_not_convert']!r}"
+        )
     group = config["q_group_size"]
     if not isinstance(group, int) or isinstance(group, bool) or (group < 1 and group != -1):
         raise ValueError(f"quantize: q_group_size must be a positive whole number or -1, got {group!r}")
@@ -282,7 +286,9 @@ class _Quantizer:
                 parameter.requires_grad_(False)
             self.sensitivity = inputs.sensitivity(index, block, linears, self.generator)
             reads = self._collect(block, prefix, linears, index, inputs)
-        before = {name: _relative_error(linears[name].weight, reads[name].gram, self._round(linears[name])) for name in reads}
+        before = {
+            name: _relative_error(linears[name].weight, reads[name].gram, self._round(linears[name])) for name in reads
+        }
         for fold in self.family.folds if reads else ():
             self._fold(block, prefix, fold, linears, reads, dtypes)
         for name, linear in linears.items():
@@ -335,14 +341,20 @@ class _Quantizer:
             tie=tie,
             row_weight=torch.cat([self.sensitivity[name] for name in fold.readers]).cpu(),
         )
-        scale = scale.to(producer.weight.device)
+        scale = scale.to(readers[0].weight.device)
         if isinstance(producer, nn.Linear):
-            rows = scale if tie is None else scale.new_empty(producer.out_features).scatter_(0, tie.to(scale.device), scale)
+            rows = (
+                scale
+                if tie is None
+                else scale.new_empty(producer.out_features).scatter_(0, tie.to(scale.device), scale)
+            )
             producer.weight.data /= rows[:, None]
             if producer.bias is not None:
                 producer.bias.data /= rows
         else:
-            scale = _divide_norm(producer, scale, 1.0 if self.family.norm_adds_one else 0.0, dtypes[f"{fold.producer}.weight"])
+            scale = _divide_norm(
+                producer, scale, 1.0 if self.family.norm_adds_one else 0.0, dtypes[f"{fold.producer}.weight"]
+            )
         for reader in readers:
             reader.weight.data *= scale
         shared.divide(scale.cpu())
@@ -394,11 +406,12 @@ def _divide_norm(norm: nn.Module, scale: Tensor, plus: float, dtype: torch.dtype
     The norm's weight will be stored in ``dtype``. The readers are multiplied by the ratio of the old weight to the
     stored one, which undoes its rounding exactly. A channel whose new weight would vanish keeps its old one.
     """
-    old = norm.weight.data + plus
+    weight = norm.get_parameter("weight")
+    old = weight.data + plus
     stored = (old / scale - plus).to(dtype).float()
     applied = old / (stored + plus)
     usable = torch.isfinite(applied) & (applied > 0)
-    norm.weight.data = torch.where(usable, stored, norm.weight.data)
+    weight.data = torch.where(usable, stored, weight.data)
     applied = torch.where(usable, applied, torch.ones_like(applied))
     bias = getattr(norm, "bias", None)
     if bias is not None:

@@ -77,7 +77,9 @@ def unrounded(linear: nn.Linear, *_: object, **__: object) -> Unrounded:
 
 @pytest.mark.parametrize("kind", VARIANTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_folding_alone_leaves_the_model_as_it_was(kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folding_alone_leaves_the_model_as_it_was(
+    kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = small_model(kind, dtype)
     before = logits(copy.deepcopy(model).float(), ids())
     monkeypatch.setattr(AwqLinear, "from_linear", staticmethod(unrounded))
@@ -173,6 +175,7 @@ def test_autoawq_quant_config_wins() -> None:
         ({"q_group_size": 0}, "q_group_size"),
         ({"q_group_size": "64"}, "q_group_size"),
         ({"method": "gptq"}, "method must be one of"),
+        ({"modules_to_not_convert": "gate"}, "must be a list of names"),
         ({"quant_config": {"version": "gemv"}}, "version must be GEMM"),
         ({"quant_config": {"bits": 4}}, "unknown key 'bits'"),
     ],
@@ -184,7 +187,7 @@ def test_arguments_that_make_no_sense(arguments: dict[str, object], message: str
 
 def test_unknown_architecture_is_named() -> None:
     config = AutoConfig.for_model("gpt2", n_embd=64, n_layer=1, n_head=2, vocab_size=96)
-    with pytest.raises(UnsupportedModelError, match="'gpt2'.*known: gemma3_text, llama"):
+    with pytest.raises(UnsupportedModelError, match=r"'gpt2'.*known: gemma3_text, llama"):
         run(AutoModelForCausalLM.from_config(config))
 
 
@@ -235,7 +238,9 @@ def test_dead_channels_and_one_token() -> None:
 
 
 def perplexity(model: nn.Module, tokens: torch.Tensor) -> float:
-    return math.exp(float(nn.functional.cross_entropy(logits(model, tokens)[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())))
+    return math.exp(
+        float(nn.functional.cross_entropy(logits(model, tokens)[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()))
+    )
 
 
 def test_a_real_small_model_from_end_to_end(shared, tmp_path) -> None:  # type: ignore[no-untyped-def]
@@ -251,7 +256,8 @@ def test_a_real_small_model_from_end_to_end(shared, tmp_path) -> None:  # type: 
     awq = quantize(str(source), out=tmp_path / "awq", **common)
     kept = {x.name: x.kept for x in awq.awq_report.kept}
     assert all(
-        kept[f"model.layers.{i}.mlp.down_proj"] == "in_features 172 is not a multiple of group_size 64" for i in range(5)
+        kept[f"model.layers.{i}.mlp.down_proj"] == "in_features 172 is not a multiple of group_size 64"
+        for i in range(5)
     )
     reference, rounded, quantized = (perplexity(m, scoring) for m in (original, rtn, awq))
     assert reference < quantized < rounded
@@ -263,7 +269,11 @@ def test_a_real_small_model_from_end_to_end(shared, tmp_path) -> None:  # type: 
         "print(out[0].tolist())"
     )
     fresh = subprocess.run(
-        [sys.executable, "-c", program, str(tmp_path / "awq")], capture_output=True, text=True, cwd=tmp_path, check=False
+        [sys.executable, "-c", program, str(tmp_path / "awq")],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        check=False,
     )
     assert fresh.returncode == 0, fresh.stderr
     prompt = tokenizer("Once upon a time", return_tensors="pt", return_token_type_ids=False)

@@ -34,7 +34,7 @@ const Kernels* const* all_kernels() {
 }
 
 const Kernels& best_kernels() {
-  static const Kernels& best = [] () -> const Kernels& {
+  static const Kernels& best = []() -> const Kernels& {
     const Kernels* const* levels = all_kernels();
     const char* wanted = std::getenv("AWQ_EXT_ISA");
     for (const Kernels* const* level = levels; wanted != nullptr && *level != nullptr; ++level)

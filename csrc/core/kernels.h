@@ -12,15 +12,15 @@ namespace awq::core {
 /// A linear call, prepared: x as contiguous float32 with its sums per group.
 struct LinearWork {
   const LinearArgs* args;
-  const float* x;     // [m, k]
-  const float* x_sum; // [m, groups], the sum of x over each group
-  float* acc;         // [strips, m, strip] scratch; used by decode only
+  const float* x;      // [m, k]
+  const float* x_sum;  // [m, groups], the sum of x over each group
+  float* acc;          // [strips, m, strip] scratch; used by decode only
 };
 
 struct Kernels {
-  const char* name;     // "portable", "avx2", "avx512"
-  std::int64_t strip;   // output columns that a linear kernel handles together, a multiple of eight
-  std::int64_t panel;   // columns of a packed triangle that gram_loss handles together
+  const char* name;    // "portable", "avx2", "avx512"
+  std::int64_t strip;  // output columns that a linear kernel handles together, a multiple of eight
+  std::int64_t panel;  // columns of a packed triangle that gram_loss handles together
 
   /// Output strips [begin, end). decode unpacks the words once for every few rows and suits small m; gemm unpacks a
   /// block to float32 once for 64 rows. Both read only args, x and x_sum and write only their strips of y and acc.
@@ -40,7 +40,9 @@ struct Kernels {
 };
 
 /// k rounded up to whole panels: the row length of d.
-AWQ_HOST_DEVICE constexpr std::int64_t padded(std::int64_t k, std::int64_t panel) { return (k + panel - 1) / panel * panel; }
+AWQ_HOST_DEVICE constexpr std::int64_t padded(std::int64_t k, std::int64_t panel) {
+  return (k + panel - 1) / panel * panel;
+}
 
 /// Floats in the packed triangle of a k x k matrix.
 constexpr std::int64_t triangle_size(std::int64_t k, std::int64_t panel) { return k * padded(k, panel); }

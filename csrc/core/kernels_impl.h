@@ -222,8 +222,7 @@ bool quantization_error(const float* w, const float* scale, const float* inv_sca
     }
     const GroupParameters p = group_parameters(lo + poison, hi + poison, zero_point, scale_type);
     if (!(p.scale - p.scale == 0.0f)) return false;
-    for (std::int64_t i = g; i < g + group; ++i)
-      d[i] = dequantize_code(round_code(d[i], p), p) * inv_scale[i] - w[i];
+    for (std::int64_t i = g; i < g + group; ++i) d[i] = dequantize_code(round_code(d[i], p), p) * inv_scale[i] - w[i];
   }
   return true;
 }
@@ -250,8 +249,7 @@ void gram_loss(const float* d, std::int64_t rows, const float* triangle, std::in
 }
 
 constexpr Kernels make_kernels(const char* name) {
-  return {name,        kStrip,      kPanel,             linear_decode, linear_gemm,
-          prepare_row, quantization_error, gram_loss};
+  return {name, kStrip, kPanel, linear_decode, linear_gemm, prepare_row, quantization_error, gram_loss};
 }
 
 }  // namespace

@@ -18,7 +18,8 @@ void reference(const LinearArgs& a, std::int64_t begin, std::int64_t end) {
       for (std::int64_t i = 0; i < a.k; ++i) {
         const std::int64_t g = i / a.group;
         const auto code = static_cast<int>((a.qweight[i * word_cols + word_col] >> shift) & 15u);
-        const int zero = a.qzeros == nullptr ? 8 : static_cast<int>((a.qzeros[g * word_cols + word_col] >> shift) & 15u);
+        const int zero =
+            a.qzeros == nullptr ? 8 : static_cast<int>((a.qzeros[g * word_cols + word_col] >> shift) & 15u);
         const T weight = static_cast<T>(code - zero) * load_as<T>(a.scales, a.scale_type, g * a.n + col);
         sum += load_as<T>(a.x, a.x_type, row * a.x_stride + i) * weight;
       }

@@ -6,8 +6,8 @@
 namespace awq::core {
 namespace {
 
-constexpr std::int64_t kTileRows = 64;   // word rows and columns moved at a time: 64 x 16 words are 4 KiB, and each
-constexpr std::int64_t kTileCols = 16;   // row of the tile is one cache line
+constexpr std::int64_t kTileRows = 64;  // word rows and columns moved at a time: 64 x 16 words are 4 KiB, and each
+constexpr std::int64_t kTileCols = 16;  // row of the tile is one cache line
 
 /// Distance in q between codes that are neighbours along the packed axis, and along the other axis.
 struct Strides {
@@ -72,7 +72,8 @@ void dequantize_rows(const DequantizeArgs& a, std::int64_t begin, std::int64_t e
     for (std::int64_t k0 = 0; k0 < a.k; k0 += kColumns) {
       const std::int64_t k1 = std::min(k0 + kColumns, a.k);
       std::array<std::uint32_t, kColumns> words;
-      for (std::int64_t i = k0; i < k1; ++i) words[static_cast<std::size_t>(i - k0)] = a.qweight[i * word_cols + column];
+      for (std::int64_t i = k0; i < k1; ++i)
+        words[static_cast<std::size_t>(i - k0)] = a.qweight[i * word_cols + column];
       for (std::int64_t r = 0; r < kCodesPerWord; ++r) {
         const int shift = 4 * nibble_of[static_cast<std::size_t>(r)];
         for (std::int64_t i = k0; i < k1;) {

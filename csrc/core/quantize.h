@@ -66,11 +66,11 @@ AWQ_HOST_DEVICE inline float round_code(float w, GroupParameters p) {
 AWQ_HOST_DEVICE inline float dequantize_code(float code, GroupParameters p) { return (code - p.zero) * p.scale; }
 
 struct QuantizeArgs {
-  const void* w;       // [n, k], rows `w_stride` elements apart
-  const float* range;  // [n, groups, 2] or nullptr
-  std::uint8_t* q;     // [n, k]
-  void* scales;        // [n, groups] of scale_type
-  std::uint8_t* zeros; // [n, groups]
+  const void* w;        // [n, k], rows `w_stride` elements apart
+  const float* range;   // [n, groups, 2] or nullptr
+  std::uint8_t* q;      // [n, k]
+  void* scales;         // [n, groups] of scale_type
+  std::uint8_t* zeros;  // [n, groups]
   std::int64_t n, k, group, w_stride;
   DType w_type, scale_type;
   bool zero_point;

@@ -116,8 +116,8 @@ struct ClipGroup {
     auto* loss = reinterpret_cast<double*>(scratch);
     float* errors = scratch + 2 * candidates;
     for (std::int64_t t = 0; t < candidates; ++t) {
-      const GroupParameters p = group_parameters(shrunk(lo, t * lo_step), shrunk(hi, t * hi_step), args.zero_point,
-                                                 args.scale_type);
+      const GroupParameters p =
+          group_parameters(shrunk(lo, t * lo_step), shrunk(hi, t * hi_step), args.zero_point, args.scale_type);
       float* d = errors + t * ld;
       for (std::int64_t i = 0; i < g; ++i) d[i] = dequantize_code(round_code(w[i], p), p) - w[i];
       std::fill(d + g, d + ld, 0.0f);

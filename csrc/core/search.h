@@ -37,7 +37,7 @@ void scale_losses(const SearchArgs& args, const float* triangle, const float* ca
                   std::int64_t begin, std::int64_t end, float* scratch, double* loss) noexcept;
 
 /// range[n, groups, 2] for rows [begin, end); triangles: the diagonal blocks of G packed one after another.
-void clip_rows(const SearchArgs& args, const float* triangles, std::int64_t grid, double max_shrink,
-               std::int64_t begin, std::int64_t end, float* scratch, float* range) noexcept;
+void clip_rows(const SearchArgs& args, const float* triangles, std::int64_t grid, double max_shrink, std::int64_t begin,
+               std::int64_t end, float* scratch, float* range) noexcept;
 
 }  // namespace awq::core

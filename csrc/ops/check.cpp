@@ -59,7 +59,12 @@ std::string describe(const Tensor& t) {
   return text;
 }
 
+void check_given(const char* op, const char* name, const Tensor& t) {
+  STD_TORCH_CHECK(t.defined(), "awq_ext::", op, ": ", name, " must be a tensor, got None");
+}
+
 core::DType float_type(const char* op, const char* name, const Tensor& t, bool allow_f64) {
+  check_given(op, name, t);
   switch (t.scalar_type()) {
     case ScalarType::Float: return core::DType::f32;
     case ScalarType::Half: return core::DType::f16;
@@ -68,9 +73,8 @@ core::DType float_type(const char* op, const char* name, const Tensor& t, bool a
       if (allow_f64) return core::DType::f64;
       [[fallthrough]];
     default:
-      STD_TORCH_CHECK(false, "awq_ext::", op, ": ", name, " must be float32, float16", allow_f64 ? ", bfloat16 or float64"
-                                                                                                : " or bfloat16",
-                      ", got ", describe(t));
+      STD_TORCH_CHECK(false, "awq_ext::", op, ": ", name, " must be float32, float16",
+                      allow_f64 ? ", bfloat16 or float64" : " or bfloat16", ", got ", describe(t));
   }
 }
 
@@ -80,8 +84,7 @@ core::DType scale_type(const char* op, std::optional<ScalarType> dtype) {
     case ScalarType::BFloat16: return core::DType::bf16;
     case ScalarType::Float: return core::DType::f32;
     default:
-      STD_TORCH_CHECK(false, "awq_ext::", op, ": dtype must be float16, bfloat16 or float32, got ",
-                      dtype_name(*dtype));
+      STD_TORCH_CHECK(false, "awq_ext::", op, ": dtype must be float16, bfloat16 or float32, got ", dtype_name(*dtype));
   }
 }
 
@@ -114,10 +117,10 @@ const core::Layout& compute_layout(const char* op, const std::string& name) {
 
 std::int64_t group_of(const char* op, std::int64_t group_size, std::int64_t k) {
   const std::int64_t group = group_size == -1 ? (k > 0 ? k : 1) : group_size;
-  STD_TORCH_CHECK(group > 0, "awq_ext::", op, ": group_size must be positive, or -1 for one group over in_features; got ",
-                  group_size);
-  STD_TORCH_CHECK(k % group == 0, "awq_ext::", op, ": in_features must be a multiple of group_size, got in_features ", k,
-                  " and group_size ", group_size);
+  STD_TORCH_CHECK(group > 0, "awq_ext::", op,
+                  ": group_size must be positive, or -1 for one group over in_features; got ", group_size);
+  STD_TORCH_CHECK(k % group == 0, "awq_ext::", op, ": in_features must be a multiple of group_size, got in_features ",
+                  k, " and group_size ", group_size);
   return group;
 }
 
@@ -139,6 +142,7 @@ WeightShape check_weight(const char* op, const Tensor& qweight, const Tensor& sc
 
 LinearShape check_linear(const Tensor& x, const Tensor& qweight, const Tensor& scales, const OptionalTensor& qzeros,
                          const OptionalTensor& bias, std::int64_t group_size, const std::string& layout) {
+  check_given("linear", "x", x);
   float_type("linear", "x", x, x.is_cpu());
   const WeightShape w = check_weight("linear", qweight, scales, qzeros, group_size, layout);
   STD_TORCH_CHECK(x.dim() >= 1 && x.size(x.dim() - 1) == w.k, "awq_ext::linear: x must be [..., in_features] = [..., ",
@@ -176,12 +180,14 @@ void check_packable(const char* op, std::int64_t n, std::int64_t k, const core::
 }
 
 void check_codes(const char* op, const Tensor& q, const core::Layout& layout) {
+  check_given(op, "q", q);
   STD_TORCH_CHECK(q.dim() == 2 && q.scalar_type() == ScalarType::Byte, "awq_ext::", op,
                   ": q must be [out_features, in_features] uint8, got ", describe(q));
   check_packable(op, q.size(0), q.size(1), layout);
 }
 
 core::CodeShape check_words(const char* op, const Tensor& words, const core::Layout& layout) {
+  check_given(op, "qweight", words);
   STD_TORCH_CHECK(words.dim() == 2 && words.scalar_type() == ScalarType::Int, "awq_ext::", op,
                   ": qweight must be a matrix of int32 words in layout '", std::string(layout.name), "', got ",
                   describe(words));

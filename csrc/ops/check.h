@@ -9,6 +9,9 @@ namespace awq::ops {
 /// "[2, 3] int32 on cpu" for messages.
 std::string describe(const Tensor& t);
 
+/// Refuses None, which the dispatcher lets through for any tensor of a schema.
+void check_given(const char* op, const char* name, const Tensor& t);
+
 /// dtype as the kernels know it; refuses what is not a floating point type they compute with.
 core::DType float_type(const char* op, const char* name, const Tensor& t, bool allow_f64 = false);
 

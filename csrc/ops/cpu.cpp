@@ -1,15 +1,15 @@
 // The operators on a CPU: check, plan, allocate, run. Nothing may throw inside a parallel body.
 #include "../core/cpu.h"
-#include "../core/linear.h"
-#include "../core/pack.h"
-#include "../core/plan.h"
-#include "../core/quantize.h"
-#include "../core/search.h"
 
 #include <algorithm>
 #include <atomic>
 #include <vector>
 
+#include "../core/linear.h"
+#include "../core/pack.h"
+#include "../core/plan.h"
+#include "../core/quantize.h"
+#include "../core/search.h"
 #include "check.h"
 
 namespace awq::ops {
@@ -29,9 +29,7 @@ const std::uint32_t* words_of(const Tensor& t) { return static_cast<const std::u
 std::uint32_t* words_of(Tensor& t) { return static_cast<std::uint32_t*>(t.mutable_data_ptr()); }
 
 /// An optional tensor, contiguous.
-OptionalTensor contiguous_or_none(const OptionalTensor& t) {
-  return t ? OptionalTensor(contiguous(*t)) : std::nullopt;
-}
+OptionalTensor contiguous_or_none(const OptionalTensor& t) { return t ? OptionalTensor(contiguous(*t)) : std::nullopt; }
 
 /// x as rows of adjacent elements at one stride: itself when its leading dimensions already are, else a copy.
 Tensor as_rows(const Tensor& x, std::int64_t& stride) {
@@ -86,8 +84,7 @@ Tensor linear(const Tensor& x, const Tensor& qweight, const Tensor& scales, Opti
       kernels.prepare_row(args, row, x_float + row * k, x_float + prepared + row * groups);
   });
   const auto run = decode ? kernels.linear_decode : kernels.linear_gemm;
-  parallel_for(0, plan.tiles, plan.grain,
-               [&](std::int64_t begin, std::int64_t end) noexcept { run(job, begin, end); });
+  parallel_for(0, plan.tiles, plan.grain, [&](std::int64_t begin, std::int64_t end) noexcept { run(job, begin, end); });
   return y;
 }
 
@@ -102,11 +99,13 @@ Tensor dequantize(const Tensor& qweight, const Tensor& scales, OptionalTensor qz
                                   zero ? words_of(*zero) : nullptr,
                                   scale.const_data_ptr(),
                                   w.mutable_data_ptr(),
-                                  n, k, group,
-                                  float_type("dequantize", "scales", scales), w_type};
-  parallel_for(0, n / 8, grain(k * 8 * 3), [&](std::int64_t begin, std::int64_t end) noexcept {
-    core::dequantize_rows(args, begin * 8, end * 8);
-  });
+                                  n,
+                                  k,
+                                  group,
+                                  float_type("dequantize", "scales", scales),
+                                  w_type};
+  parallel_for(0, n / 8, grain(k * 8 * 3),
+               [&](std::int64_t begin, std::int64_t end) noexcept { core::dequantize_rows(args, begin * 8, end * 8); });
   return w;
 }
 
@@ -126,8 +125,13 @@ std::tuple<Tensor, Tensor, Tensor> quantize(const Tensor& w, std::int64_t group_
                                 static_cast<std::uint8_t*>(q.mutable_data_ptr()),
                                 scales.mutable_data_ptr(),
                                 static_cast<std::uint8_t*>(zeros.mutable_data_ptr()),
-                                n, k, group, stride,
-                                float_type("quantize", "w", w), type, zero_point};
+                                n,
+                                k,
+                                group,
+                                stride,
+                                float_type("quantize", "w", w),
+                                type,
+                                zero_point};
   std::atomic<std::int64_t> bad{n};  // the first row that failed, whatever thread met it
   parallel_for(0, n, grain(k * 5), [&](std::int64_t begin, std::int64_t end) noexcept {
     const std::int64_t row = core::quantize_rows(args, begin, end);
@@ -151,7 +155,8 @@ Tensor pack(const Tensor& q, std::string layout) {
   Tensor words = new_empty(q, {shape.rows, shape.cols}, ScalarType::Int);
   std::atomic<bool> fits{true};
   parallel_for(0, shape.rows, grain(shape.cols * 12), [&](std::int64_t begin, std::int64_t end) noexcept {
-    if (!core::pack_rows(to, static_cast<const std::uint8_t*>(codes.const_data_ptr()), n, k, words_of(words), begin, end))
+    if (!core::pack_rows(to, static_cast<const std::uint8_t*>(codes.const_data_ptr()), n, k, words_of(words), begin,
+                         end))
       fits = false;
   });
   STD_TORCH_CHECK(fits, "awq_ext::pack: q must hold codes 0..15, got a larger value");
@@ -178,7 +183,18 @@ Tensor repack(const Tensor& qweight, std::string src, std::string dst) {
 
 // --- searches -------------------------------------------------------------------------------------------------------
 
+/// Refuses NaN, infinities and, if `lowest` is 0, negative numbers.
+void check_finite(const char* op, const char* name, const Tensor& t,
+                  float lowest = std::numeric_limits<float>::lowest()) {
+  const auto* data = static_cast<const float*>(t.const_data_ptr());
+  for (std::int64_t i = 0; i < t.numel(); ++i)
+    STD_TORCH_CHECK(data[i] >= lowest && data[i] <= std::numeric_limits<float>::max(), "awq_ext::", op, ": ", name,
+                    lowest == 0 ? " must be finite and not negative, got " : " must be finite, got ", data[i],
+                    " at element ", i);
+}
+
 void check_gram(const char* op, const Tensor& gram, std::int64_t k) {
+  check_given(op, "gram", gram);
   STD_TORCH_CHECK(gram.dim() == 2 && gram.size(0) == k && gram.size(1) == k && gram.scalar_type() == ScalarType::Float,
                   "awq_ext::", op, ": gram must be [in_features, in_features] = [", k, ", ", k, "] float32, got ",
                   describe(gram));
@@ -204,6 +220,7 @@ std::tuple<Tensor, Tensor> search_scale(const Tensor& w, const Tensor& x_mean, c
                                         std::optional<ScalarType> dtype) {
   const auto [n, k, group, groups] = check_float_weight("search_scale", w, group_size);
   check_gram("search_scale", gram, k);
+  check_given("search_scale", "x_mean", x_mean);
   STD_TORCH_CHECK(x_mean.dim() == 1 && x_mean.size(0) == k && x_mean.scalar_type() == ScalarType::Float,
                   "awq_ext::search_scale: x_mean must be [in_features] = [", k, "] float32, got ", describe(x_mean));
   STD_TORCH_CHECK(grid >= 1 && grid <= 1000, "awq_ext::search_scale: grid must be 1..1000, got ", grid);
@@ -214,8 +231,8 @@ std::tuple<Tensor, Tensor> search_scale(const Tensor& w, const Tensor& x_mean, c
                     "awq_ext::search_scale: tie must be [in_features] = [", k, "] int64, got ", describe(*ties));
     tie_data = static_cast<const std::int64_t*>(ties->const_data_ptr());
     for (std::int64_t i = 0; i < k; ++i)
-      STD_TORCH_CHECK(tie_data[i] >= 0 && tie_data[i] < k, "awq_ext::search_scale: tie must hold numbers 0..",
-                      k - 1, ", got ", tie_data[i]);
+      STD_TORCH_CHECK(tie_data[i] >= 0 && tie_data[i] < k, "awq_ext::search_scale: tie must hold numbers 0..", k - 1,
+                      ", got ", tie_data[i]);
   }
 
   const OptionalTensor weights = contiguous_or_none(row_weight);
@@ -228,17 +245,22 @@ std::tuple<Tensor, Tensor> search_scale(const Tensor& w, const Tensor& x_mean, c
   const core::Kernels& kernels = core::best_kernels();
   const Tensor weight = contiguous(torch::stable::to(w, ScalarType::Float));
   const Tensor second_moment = contiguous(gram), mean = contiguous(x_mean);
-  const core::SearchArgs args{static_cast<const float*>(weight.const_data_ptr()), n, k, group, zero_point,
-                              scale_type("search_scale", dtype), &kernels};
+  const core::SearchArgs args{static_cast<const float*>(weight.const_data_ptr()),
+                              n,
+                              k,
+                              group,
+                              zero_point,
+                              scale_type("search_scale", dtype),
+                              &kernels};
   const auto* mean_data = static_cast<const float*>(mean.const_data_ptr());
-  for (std::int64_t i = 0; i < k; ++i)
-    STD_TORCH_CHECK(mean_data[i] >= 0 && mean_data[i] <= std::numeric_limits<float>::max(),
-                    "awq_ext::search_scale: x_mean must be finite and not negative, got ", mean_data[i], " in channel ", i);
+  check_finite("search_scale", "x_mean", mean, 0.0f);
+  if (weights) check_finite("search_scale", "row_weight", *weights, 0.0f);
 
   const std::int64_t count = core::candidate_count(grid, duo_scaling);
   Tensor w_mean = new_empty(w, {k}, ScalarType::Float);
   auto* w_mean_data = static_cast<float*>(w_mean.mutable_data_ptr());
-  parallel_for(0, groups, 1, [&](std::int64_t begin, std::int64_t end) { core::weight_means(args, begin, end, w_mean_data); });
+  parallel_for(0, groups, 1,
+               [&](std::int64_t begin, std::int64_t end) { core::weight_means(args, begin, end, w_mean_data); });
   Tensor candidates = new_empty(w, {2, count, k}, ScalarType::Float);  // and their inverses
   auto* candidate = static_cast<float*>(candidates.mutable_data_ptr());
   float* inverse = candidate + count * k;
@@ -260,8 +282,10 @@ std::tuple<Tensor, Tensor> search_scale(const Tensor& w, const Tensor& x_mean, c
   std::int64_t best = 0;
   for (std::int64_t c = 0; c < count; ++c) {
     loss[c] = 0.0;
-    for (std::int64_t row = 0; row < n; ++row)
-      loss[c] += (importance ? importance[row] : 1.0) * row_loss[static_cast<std::size_t>(c * n + row)];
+    for (std::int64_t row = 0; row < n; ++row) {
+      const double weight_of_row = importance == nullptr ? 1.0 : importance[row];
+      if (weight_of_row > 0) loss[c] += weight_of_row * row_loss[static_cast<std::size_t>(c * n + row)];
+    }
     if (loss[c] < loss[best]) best = c;
   }
   STD_TORCH_CHECK(loss[best] < std::numeric_limits<double>::infinity(),
@@ -275,11 +299,19 @@ Tensor search_clip(const Tensor& w, const Tensor& gram, std::int64_t group_size,
   const auto [n, k, group, groups] = check_float_weight("search_clip", w, group_size);
   check_gram("search_clip", gram, k);
   STD_TORCH_CHECK(grid >= 1 && grid <= 1000, "awq_ext::search_clip: grid must be 1..1000, got ", grid);
-  STD_TORCH_CHECK(max_shrink >= 0 && max_shrink < 1, "awq_ext::search_clip: max_shrink must be in [0, 1), got ", max_shrink);
+  STD_TORCH_CHECK(max_shrink >= 0 && max_shrink < 1, "awq_ext::search_clip: max_shrink must be in [0, 1), got ",
+                  max_shrink);
   const core::Kernels& kernels = core::best_kernels();
   const Tensor weight = contiguous(torch::stable::to(w, ScalarType::Float)), second_moment = contiguous(gram);
-  const core::SearchArgs args{static_cast<const float*>(weight.const_data_ptr()), n, k, group, zero_point,
-                              scale_type("search_clip", dtype), &kernels};
+  check_finite("search_clip", "w", weight);
+  check_finite("search_clip", "gram", second_moment);
+  const core::SearchArgs args{static_cast<const float*>(weight.const_data_ptr()),
+                              n,
+                              k,
+                              group,
+                              zero_point,
+                              scale_type("search_clip", dtype),
+                              &kernels};
   const std::int64_t size = core::triangle_size(group, kernels.panel);
   Tensor triangles = new_empty(w, {groups, size}, ScalarType::Float);
   auto* packed = static_cast<float*>(triangles.mutable_data_ptr());

@@ -53,8 +53,11 @@ Tensor dequantized(const Tensor& qweight, const Tensor& scales, const OptionalTe
                                   zero ? words_of(*zero) : nullptr,
                                   scale.const_data_ptr(),
                                   w.mutable_data_ptr(),
-                                  shape.n, shape.k, shape.group,
-                                  float_type("dequantize", "scales", scales), type};
+                                  shape.n,
+                                  shape.k,
+                                  shape.group,
+                                  float_type("dequantize", "scales", scales),
+                                  type};
   STD_CUDA_CHECK(cuda::dequantize(args, stream));
   return w;
 }
@@ -106,8 +109,13 @@ std::tuple<Tensor, Tensor, Tensor> quantize(const Tensor& w, std::int64_t group_
                                 static_cast<std::uint8_t*>(q.mutable_data_ptr()),
                                 scales.mutable_data_ptr(),
                                 static_cast<std::uint8_t*>(zeros.mutable_data_ptr()),
-                                n, k, group, k,
-                                float_type("quantize", "w", w), type, zero_point};
+                                n,
+                                k,
+                                group,
+                                k,
+                                float_type("quantize", "w", w),
+                                type,
+                                zero_point};
   STD_CUDA_CHECK(cuda::quantize(args, device.stream));
   return {q, scales, zeros};
 }

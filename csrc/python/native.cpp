@@ -56,8 +56,7 @@ awq::core::DType dtype_of(const std::string& name) {
 
 py::dict plan_linear(std::int64_t m, std::int64_t n, std::int64_t k, const std::string& dtype) {
   if (m < 0 || n < 0 || k < 0) throw py::value_error("m, n and k must not be negative");
-  const awq::core::LinearPlan plan =
-      awq::core::plan_linear(m, n, k, dtype_of(dtype), awq::core::best_kernels());
+  const awq::core::LinearPlan plan = awq::core::plan_linear(m, n, k, dtype_of(dtype), awq::core::best_kernels());
   py::dict result;
   result["kernel"] = plan.name;
   result["level"] = awq::core::best_kernels().name;

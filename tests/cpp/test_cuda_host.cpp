@@ -158,8 +158,18 @@ TEST_CASE("CUDA quantize equals core's") {
             const std::int64_t size = core::size_of(scale_type);
             Guarded<std::uint8_t> q(c.n * c.k), scales(c.n * groups * size), zeros(c.n * groups);
             std::vector<std::uint8_t> core_q(q.values()), core_scales(scales.values()), core_zeros(zeros.values());
-            core::QuantizeArgs args{w.data(), with_range ? range.data() : nullptr, core_q.data(), core_scales.data(),
-                                    core_zeros.data(), c.n, c.k, c.group, c.stride, w_type, scale_type, zero_point};
+            core::QuantizeArgs args{w.data(),
+                                    with_range ? range.data() : nullptr,
+                                    core_q.data(),
+                                    core_scales.data(),
+                                    core_zeros.data(),
+                                    c.n,
+                                    c.k,
+                                    c.group,
+                                    c.stride,
+                                    w_type,
+                                    scale_type,
+                                    zero_point};
             REQUIRE(core::quantize_rows(args, 0, c.n) == -1);
             args.q = q.data(), args.scales = scales.data(), args.zeros = zeros.data();
             with_type(w_type, [&]<DType kType>() { play_quantize<kType>(args); });
@@ -212,8 +222,15 @@ TEST_CASE("CUDA dequantize equals core's") {
             // The guard of 64 words keeps the alignment that the allocator gave.
             Guarded<std::uint32_t> w(words);
             std::vector<std::uint32_t> expected(w.values());
-            core::DequantizeArgs args{qweight.data(), with_zeros ? qzeros.data() : nullptr, scales.data(),
-                                      expected.data(), c.n, c.k, c.group, scale_type, w_type};
+            core::DequantizeArgs args{qweight.data(),
+                                      with_zeros ? qzeros.data() : nullptr,
+                                      scales.data(),
+                                      expected.data(),
+                                      c.n,
+                                      c.k,
+                                      c.group,
+                                      scale_type,
+                                      w_type};
             core::dequantize_rows(args, 0, c.n);
             args.w = w.data();
             REQUIRE(cuda::has_whole_blocks(args) == c.whole);

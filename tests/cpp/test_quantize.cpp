@@ -153,6 +153,20 @@ TEST_CASE("a group of one sign does not saturate") {
     }
 }
 
+TEST_CASE("weights far outside the given range saturate at its ends") {
+  const double far[] = {1.0, 1e6, 1e30, 3e38};
+  for (const double x : far)
+    for (const bool zero_point : {true, false}) {
+      Array w(DType::f32, 32);
+      for (std::int64_t i = 0; i < 32; ++i) w.set(i, i % 2 ? x : -x);
+      const std::vector<float> range = {-0x1p-12f, 0x1p-12f};
+      Quantized result(1, 32, 32, DType::f16);
+      CAPTURE(x, zero_point);
+      REQUIRE(result.run(w, 32, range.data(), zero_point, 0, 1) == -1);
+      for (std::int64_t i = 0; i < 32; ++i) REQUIRE(result.code(0, i) == (i % 2 ? kMaxCode : 0));
+    }
+}
+
 TEST_CASE("a group of zeros has scale 1 and codes equal to its zero") {
   for (const bool zero_point : {true, false})
     for (const double nothing : {0.0, -0.0}) {
