@@ -146,7 +146,7 @@ def generate(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int, chat:
     if pad is None:
         pad = ends[0] if isinstance(ends, list) else ends
     # Passed as an argument, what this leaves open (penalties, banned words) would come from the model's own.
-    model.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
+    model.generation_config = GenerationConfig(
         do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=ends, pad_token_id=pad
     )
     try:
