@@ -105,7 +105,7 @@ def _token_ids(source: Any, tokenizer: Any, need: int) -> Iterable[int]:
         if len(source) > 8 * enough and len(ids) < enough:
             ids = tokenizer(source, add_special_tokens=False).input_ids
         return ids[:need]
-    if _is_list(source) and source and all(isinstance(item, str) for item in source):
+    if is_text(source):
         return _token_ids("\n".join(source), tokenizer, need)
     parts = [_ids(source)]
     if parts == [None] and _is_list(source):
@@ -118,6 +118,11 @@ def _token_ids(source: Any, tokenizer: Any, need: int) -> Iterable[int]:
             f"got a {kind}{inside}"
         )
     return [token for part in parts if part is not None for token in part]
+
+
+def is_text(source: Any) -> bool:
+    """Whether this is text or a list of texts, which takes a tokenizer to read."""
+    return isinstance(source, str) or (_is_list(source) and bool(source) and all(isinstance(x, str) for x in source))
 
 
 def _is_list(source: Any) -> bool:

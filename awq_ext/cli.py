@@ -204,7 +204,7 @@ def _group_size(text: str) -> int:
 def _quantize(args: argparse.Namespace) -> Output:
     from awq_ext.calibrate import BUILTIN_TEXT
     from awq_ext.checkpoint import check_replaceable, resolve, save_quantized
-    from awq_ext.evaluate import load_tokenizer
+    from awq_ext.pretrained import load_tokenizer
     from awq_ext.quantizer import quantize
 
     out = Path(args.out).expanduser().absolute()
@@ -281,7 +281,7 @@ def _load(args: argparse.Namespace) -> tuple[Any, Any]:
     """Model and tokenizer as --dtype and --device ask."""
     import torch
 
-    from awq_ext.evaluate import load_any
+    from awq_ext.pretrained import load_any
 
     try:
         device = torch.device(args.device)

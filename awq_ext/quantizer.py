@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,9 +12,12 @@ from torch import Tensor, nn
 
 from awq_ext import calibrate, ops
 from awq_ext.calibrate import BlockInputs
-from awq_ext.errors import AwqError, CalibrationError, UnsupportedModelError
+from awq_ext.checkpoint import save_quantized
+from awq_ext.errors import CalibrationError, UnsupportedModelError
 from awq_ext.families import FAMILIES, Family, Fold
+from awq_ext.hub import resolve
 from awq_ext.linear import AwqLinear
+from awq_ext.pretrained import is_quantized_directory, load_float, load_tokenizer
 from awq_ext.progress import Progress
 from awq_ext.report import FoldReport, LinearReport, Report
 from awq_ext.swap import NEVER_CONVERTED, Decision, decide
@@ -86,22 +90,20 @@ def quantize(
         raise ValueError(f"quantize: method must be one of {', '.join(METHODS)}, got {method!r}")
     start = time.perf_counter()
     progress = progress or Progress()
-    model, tokenizer = _load(model, tokenizer)
+    model, source = _load(model)
+
+    def tokens() -> Tensor:
+        data = calibrate.load_text(calibration) if isinstance(calibration, str) else calibration
+        home = source if tokenizer is None else tokenizer
+        reads = load_tokenizer(resolve(home)) if isinstance(home, (str, Path)) and calibrate.is_text(data) else home
+        return calibrate.windows(data, reads, samples, seq_len)
+
     with torch.no_grad():
-        report = _Quantizer(model, config, method, duo_scaling, apply_clip, seed, progress).run(
-            lambda: calibrate.windows(
-                calibrate.load_text(calibration) if isinstance(calibration, str) else calibration,
-                tokenizer,
-                samples,
-                seq_len,
-            )
-        )
+        report = _Quantizer(model, config, method, duo_scaling, apply_clip, seed, progress).run(tokens)
     report.seconds = time.perf_counter() - start
     model.awq_report = report
     if out is not None:
-        from awq_ext.checkpoint import save_quantized
-
-        save_quantized(model, out, tokenizer)
+        save_quantized(model, out, None if isinstance(tokenizer, str) else tokenizer, source=source)
     return model
 
 
@@ -128,43 +130,14 @@ def _merged(quant_config: Mapping[str, Any] | None, **arguments: Any) -> dict[st
     return config
 
 
-def _load(model: Any, tokenizer: Any) -> tuple[Any, Any]:
-    """Model and tokenizer, loaded where they are given as paths or hub names."""
+def _load(model: Any) -> tuple[Any, Path | None]:
+    """The model, and the directory it comes from (None: it was in memory)."""
     if isinstance(model, nn.Module):
-        return model, _load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
-    try:
-        from transformers import AutoModelForCausalLM
-    except ImportError as error:
-        raise AwqError("loading a model needs transformers: pip install 'awq_ext[hf]'") from error
-    from awq_ext.checkpoint import resolve
-
-    path = resolve(str(model))
-    _refuse_quantized(_read_config(path), str(model))
-    loaded = AutoModelForCausalLM.from_pretrained(path, dtype="auto")
-    if tokenizer is None or isinstance(tokenizer, str):
-        tokenizer = _load_tokenizer(tokenizer or path)
-    return loaded.eval(), tokenizer
-
-
-def _read_config(path: Any) -> Any:
-    from transformers import AutoConfig
-
-    try:
-        return AutoConfig.from_pretrained(path)
-    except (OSError, ValueError, KeyError) as error:
-        raise UnsupportedModelError(
-            f"{path} has no config.json of an architecture that this transformers knows: {error}"
-        ) from error
-
-
-def _load_tokenizer(path: Any) -> Any:
-    """The tokenizer there, or None: then calibration text is refused with a message, token ids are not."""
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+        return model, None
+    path = resolve(model)
+    if is_quantized_directory(path):
+        raise UnsupportedModelError(f"{model} is already quantized. Quantize the original, unquantized model")
+    return load_float(path, "auto"), path
 
 
 def _refuse_quantized(config: Any, name: str) -> None:
@@ -226,7 +199,7 @@ class _Quantizer:
             )
         return family
 
-    def run(self, windows: Any) -> Report:
+    def run(self, windows: Callable[[], Tensor]) -> Report:
         inputs = None
         if self.method == "awq":
             ids = windows()

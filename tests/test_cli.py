@@ -16,7 +16,7 @@ import torch
 pytest.importorskip("transformers", reason="needs the extra 'hf'")
 
 import awq_ext
-from awq_ext import cli, evaluate
+from awq_ext import cli, evaluate, pretrained
 from awq_ext.checkpoint import load_quantized
 
 TEXT = "The quick brown fox jumps over the lazy dog; in the year 1805 there were 27 ships in the harbour.\n" * 40
@@ -183,7 +183,7 @@ def test_no_clip_is_heard(tiny_llama, text, quantized, tmp_path, run):
 
 
 def test_quantize_keeps_the_tokenizer(tiny_llama, quantized):
-    a, b = evaluate.load_tokenizer(tiny_llama), evaluate.load_tokenizer(quantized)
+    a, b = pretrained.load_tokenizer(tiny_llama), pretrained.load_tokenizer(quantized)
     assert a(TEXT)["input_ids"] == b(TEXT)["input_ids"]
 
 
@@ -223,7 +223,7 @@ def test_quantize_refuses_before_the_work_to_write_over_something_else(copy, tmp
 @pytest.mark.parametrize("bos", [False, True])
 def test_ppl_of_a_model_and_of_a_checkpoint(tiny_llama, quantized, text, bos, run):
     for path in (tiny_llama, quantized):
-        model, tokenizer = evaluate.load_any(path)
+        model, tokenizer = pretrained.load_any(path)
         ids = evaluate.first_tokens(TEXT, tokenizer, 300)
         expected = evaluate.perplexity(model, ids, window=50, bos=1 if bos else None)
         options = ["--bos"] if bos else []
@@ -270,7 +270,7 @@ def test_ppl_refuses_what_it_cannot_do(tiny_llama, copy, text, tmp_path, fail):
 
 
 def test_generate(quantized, run, capsys):
-    expected = evaluate.generate(*evaluate.load_any(quantized), "Once upon", 6)
+    expected = evaluate.generate(*pretrained.load_any(quantized), "Once upon", 6)
     result = run("generate", quantized, "--prompt", "Once upon", "--max-new-tokens", 6)
     assert (result["text"], result["new_tokens"]) == (expected.text, expected.new_tokens)
     assert result["tokens_per_second"] == pytest.approx(result["new_tokens"] / result["seconds"])

@@ -14,7 +14,7 @@ from rich.console import Console
 
 pytest.importorskip("transformers", reason="needs the extra 'hf'")
 
-from awq_ext import cli, demo, evaluate
+from awq_ext import cli, demo, evaluate, pretrained
 from awq_ext.calibrate import builtin_text
 from awq_ext.demo import DemoReport, Package, Source, Variant
 from awq_ext.errors import AwqError
@@ -73,7 +73,7 @@ def test_demo_compares_what_a_user_would_measure(compared, tiny_llama):
     assert Path(original.directory) == tiny_llama
     assert compared.scored_tokens == 2 * 511
     for variant in compared.variants:
-        model, tokenizer = evaluate.load_any(variant.directory)
+        model, tokenizer = pretrained.load_any(variant.directory)
         ids = evaluate.first_tokens(builtin_text()[1], tokenizer, 1024)
         expected = evaluate.perplexity(model, ids, bos=tokenizer.bos_token_id)
         assert variant.perplexity == pytest.approx(expected.value, rel=1e-5)

@@ -12,13 +12,13 @@ import torch
 
 pytest.importorskip("transformers", reason="needs the extra 'hf'")
 
-from awq_ext import evaluate
+from awq_ext import evaluate, pretrained
 from awq_ext.errors import AwqError, CheckpointError, UnsupportedModelError
 
 
 @pytest.fixture(scope="module")
 def loaded(tiny_llama):
-    return evaluate.load_any(tiny_llama)
+    return pretrained.load_any(tiny_llama)
 
 
 def plain_nll(model, windows: list[list[int]]) -> tuple[float, int]:
@@ -105,10 +105,10 @@ def test_first_tokens_of_a_text_with_long_tokens():
 
 
 def test_a_loss_that_is_not_finite_is_refused(tiny_llama):
-    model, _ = evaluate.load_any(tiny_llama)
+    model, _ = pretrained.load_any(tiny_llama)
     with torch.no_grad():
         model.lm_head.weight[5] = float("nan")
-    with pytest.raises(AwqError, match="window 0 of 6.*not finite"):
+    with pytest.raises(AwqError, match=r"window 0 of 6.*not finite"):
         evaluate.perplexity(model, torch.arange(100), window=16)
 
 
@@ -138,7 +138,7 @@ def test_generation_is_greedy(loaded):
 
 
 def test_generation_ignores_sampling_settings_of_the_model(tiny_llama):
-    model, tokenizer = evaluate.load_any(tiny_llama)
+    model, tokenizer = pretrained.load_any(tiny_llama)
     expected = evaluate.generate(model, tokenizer, "Once", 8).text
     own = model.generation_config
     own.update(do_sample=True, temperature=5.0, repetition_penalty=3.0)
@@ -147,7 +147,7 @@ def test_generation_ignores_sampling_settings_of_the_model(tiny_llama):
 
 
 def test_chat_needs_and_uses_a_template(tiny_llama):
-    model, tokenizer = evaluate.load_any(tiny_llama)
+    model, tokenizer = pretrained.load_any(tiny_llama)
     with pytest.raises(AwqError, match="no chat template"):
         evaluate.generate(model, tokenizer, "Once", 4, chat=True)
     tokenizer.chat_template = "{% for m in messages %}A: {{ m['content'] }}\nB:{% endfor %}"
@@ -187,33 +187,33 @@ def test_a_legacy_quant_config_is_recognised(copy):
 
 
 def test_loads_in_the_dtype_asked_for(tiny_llama):
-    model, _ = evaluate.load_any(tiny_llama, torch.bfloat16)
+    model, _ = pretrained.load_any(tiny_llama, torch.bfloat16)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     assert not model.training
 
 
 def test_a_directory_that_is_not_there_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match="does not exist"):
-        evaluate.load_any(tmp_path / "nothing")
+        pretrained.load_any(tmp_path / "nothing")
 
 
 def test_a_directory_without_config_is_refused(copy):
     (copy / "config.json").unlink()
     with pytest.raises(CheckpointError, match=r"config\.json"):
-        evaluate.load_any(copy)
+        pretrained.load_any(copy)
 
 
 def test_a_missing_tokenizer_is_refused(copy):
     for file in copy.glob("tokenizer*"):
         file.unlink()
     with pytest.raises(CheckpointError, match=r"no tokenizer can be loaded.*\n.*Copy the tokenizer files"):
-        evaluate.load_any(copy)
+        pretrained.load_any(copy)
 
 
 def test_an_unknown_architecture_is_refused(copy):
     edit_config(copy, model_type="no-such-thing", architectures=["NoSuchThing"])
     with pytest.raises(UnsupportedModelError, match="no-such-thing"):
-        evaluate.load_any(copy)
+        pretrained.load_any(copy)
 
 
 def test_missing_weights_are_refused_not_invented(copy):
@@ -223,19 +223,19 @@ def test_missing_weights_are_refused_not_invented(copy):
     del tensors["model.layers.1.mlp.up_proj.weight"]
     save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match=r"lacks 1 tensors.*layers\.1\.mlp\.up_proj\.weight"):
-        evaluate.load_any(copy)
+        pretrained.load_any(copy)
 
 
 def test_pickled_weights_are_refused(copy):
     (copy / "model.safetensors").unlink()
     torch.save({}, copy / "pytorch_model.bin")
     with pytest.raises(CheckpointError, match="cannot be loaded"):
-        evaluate.load_any(copy)
+        pretrained.load_any(copy)
 
 
 @pytest.fixture(scope="module")
 def stories(shared):
-    return evaluate.load_any(shared / "data" / "stories260K")
+    return pretrained.load_any(shared / "data" / "stories260K")
 
 
 def test_loss_of_a_trained_model_is_the_published_one(stories, shared):

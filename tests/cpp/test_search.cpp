@@ -17,6 +17,9 @@ using test::Random;
 
 namespace {
 
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr float kNan = std::numeric_limits<float>::quiet_NaN();  // scratch may hold anything
+
 /// A symmetric positive semidefinite matrix, as mean x^T x of `tokens` rows of x with a few loud channels.
 std::vector<float> gram_matrix(std::int64_t k, std::int64_t tokens, Random& random) {
   std::vector<double> sum(static_cast<std::size_t>(k * k)), x(static_cast<std::size_t>(k));
@@ -160,9 +163,8 @@ TEST_CASE("quantization_error is what quantize does, with the same bits at every
 }
 
 TEST_CASE("quantization_error refuses a group whose scale is not finite") {
-  constexpr float infinity = std::numeric_limits<float>::infinity(), nan = std::numeric_limits<float>::quiet_NaN();
   for_levels([&](const Kernels& kernels) {
-    for (const float bad : {nan, infinity, -infinity, 1e7f})
+    for (const float bad : {kNan, kInfinity, -kInfinity, 1e7f})
       for (const std::size_t place : {0u, 31u, 32u, 63u})
         for (const bool zero_point : {true, false}) {
           std::vector<float> w(64, 0.5f), ones(64, 1.0f), d(64);
@@ -197,6 +199,7 @@ TEST_CASE("scale candidates: the identity, powers of the activations, and duo-sc
   Random random(24);
   constexpr std::int64_t k = 24, grid = 4;
   auto x_mean = random.floats(k, 0.01, 3.0), w_mean = random.floats(k, 0.05, 1.0);
+  x_mean[5] = w_mean[7] = 0.0f;  // dead channels
   for (const bool duo : {false, true}) {
     const std::int64_t count = candidate_count(grid, duo);
     REQUIRE(count == (duo ? 9 : 5));
@@ -208,7 +211,8 @@ TEST_CASE("scale candidates: the identity, powers of the activations, and duo-sc
       const double ratio = static_cast<double>(with_w ? c - grid : c) / grid;
       std::vector<double> scale;
       for (std::size_t i = 0; i < k; ++i)
-        scale.push_back(std::pow(x_mean[i], ratio) / (with_w ? std::pow(w_mean[i], 1 - ratio) + 1e-4 : 1.0));
+        scale.push_back(
+            std::max(std::pow(x_mean[i], ratio) / (with_w ? std::pow(w_mean[i], 1 - ratio) + 1e-4 : 1.0), 1e-4));
       const auto [smallest, largest] = std::minmax_element(scale.begin(), scale.end());
       const double middle = std::sqrt(*smallest * *largest);
       for (std::size_t i = 0; i < k; ++i) {
@@ -250,8 +254,11 @@ TEST_CASE("dead and extreme channels give candidates that are finite and positiv
                                                  {largest, 0, 1, smallest},
                                                  {largest, largest, largest, largest},
                                                  {1e-30f, 1, 1, 1e30f}};
+  auto w_means = means;
+  w_means.push_back({1, kNan, 1, 1});  // of a weight that is not finite: its loss, not its scale, rules it out
+  w_means.push_back({kInfinity, 1, kNan, 0});
   for (const auto& x_mean : means)
-    for (const auto& w_mean : means) {
+    for (const auto& w_mean : w_means) {
       std::vector<float> candidates(static_cast<std::size_t>(candidate_count(20, true) * 4));
       scale_candidates(x_mean.data(), w_mean.data(), nullptr, 4, 20, true, candidates.data());
       for (const float c : candidates) {
@@ -271,7 +278,7 @@ TEST_CASE("scale_losses is the loss of each row, and infinite where a scale is n
   for_levels([&](const Kernels& kernels) {
     const SearchArgs args{w.data(), n, k, group, true, DType::f16, &kernels};
     const auto triangle = packed_triangle(gram.data(), k, k, kernels.panel);
-    std::vector<float> scratch(static_cast<std::size_t>(scale_scratch_size(args)), -1.0f), d(k);
+    std::vector<float> scratch(static_cast<std::size_t>(scale_scratch_size(args)), kNan), d(k);
     for (const auto& [begin, end] : {std::pair<std::int64_t, std::int64_t>{0, 48}, {48, 50}, {7, 8}}) {
       std::vector<double> loss(static_cast<std::size_t>(end - begin));
       scale_losses(args, triangle.data(), candidate.data(), inverse.data(), begin, end, scratch.data(), loss.data());
@@ -318,7 +325,7 @@ TEST_CASE("the chosen clip range is never worse than the whole range, nor than a
         std::vector<float> triangles(static_cast<std::size_t>(groups * size));
         for (std::int64_t g = 0; g < groups; ++g)
           pack_triangle(gram.data() + g * group * (k + 1), k, group, kernels.panel, triangles.data() + g * size);
-        std::vector<float> scratch(static_cast<std::size_t>(clip_scratch_size(args, grid)), -1.0f);
+        std::vector<float> scratch(static_cast<std::size_t>(clip_scratch_size(args, grid)), kNan);
         std::vector<float> range(static_cast<std::size_t>(n * groups * 2), -9.0f);
         clip_rows(args, triangles.data(), grid, max_shrink, 0, 5, scratch.data(), range.data());
         clip_rows(args, triangles.data(), grid, max_shrink, 5, n, scratch.data(), range.data());
