@@ -255,10 +255,16 @@ def _timed(variant: Variant, step: str) -> Iterator[None]:
 
 def _awq_ext(*arguments: str) -> dict[str, Any]:
     """The JSON result of one command in a process of its own."""
-    command = [sys.executable, "-m", "awq_ext", *arguments, "--json", "--threads", str(torch.get_num_threads())]
+    # `python -m` and `-c` put the working directory first; there may be a checkout without the compiled libraries.
+    root = str(Path(__file__).parent.parent)
+    start = f"import sys; sys.path[:1] = [] if {root!r} in sys.path[1:] else [{root!r}]; "
+    start += "from awq_ext.cli import main; sys.exit(main())"
+    command = [sys.executable, "-c", start, *arguments, "--json", "--threads", str(torch.get_num_threads())]
     done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8")
     if done.returncode != 0:
-        raise AwqError(f"'{' '.join(command[1:])}' failed with exit code {done.returncode}:\n{done.stderr.strip()}")
+        raise AwqError(
+            f"'awq-ext {' '.join(arguments)}' failed with exit code {done.returncode}:\n{done.stderr.strip()}"
+        )
     result: dict[str, Any] = json.loads(done.stdout)
     return result
 

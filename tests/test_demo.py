@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import sys
 import zipfile
 from pathlib import Path
@@ -14,7 +15,7 @@ from rich.console import Console
 
 pytest.importorskip("transformers", reason="needs the extra 'hf'")
 
-from awq_ext import cli, demo, evaluate, pretrained
+from awq_ext import _library, cli, demo, evaluate, pretrained
 from awq_ext.calibrate import builtin_text
 from awq_ext.demo import DemoReport, Package, Source, Variant
 from awq_ext.errors import AwqError
@@ -87,8 +88,16 @@ def test_demo_compares_what_a_user_would_measure(compared, tiny_llama):
 
 
 def test_a_failing_step_is_told_with_its_reason(tmp_path):
-    with pytest.raises(AwqError, match=r"'-m awq_ext ppl .*' failed with exit code 1:\nawq-ext: .*does not exist"):
+    with pytest.raises(AwqError, match=r"'awq-ext ppl .*' failed with exit code 1:\nawq-ext: .*does not exist"):
         demo._awq_ext("ppl", str(tmp_path / "nothing"), "--text", __file__)
+
+
+def test_fresh_processes_do_not_fall_for_a_checkout_in_the_working_directory(tmp_path, monkeypatch):
+    (tmp_path / "awq_ext").mkdir()
+    (tmp_path / "awq_ext" / "__init__.py").write_text("raise SystemExit('the wrong package')")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("AWQ_LIB_DIR", os.path.abspath(_library.loaded()["libawq_ops.so"].parent))
+    assert demo._awq_ext("doctor")["ok"] is True
 
 
 def test_demo_command_keeps_the_original(compared, tiny_llama, tmp_path, monkeypatch, capsys):
