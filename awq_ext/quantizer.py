@@ -15,6 +15,7 @@ from awq_ext.calibrate import BlockInputs
 from awq_ext.checkpoint import save_quantized
 from awq_ext.errors import CalibrationError, UnsupportedModelError
 from awq_ext.families import FAMILIES, Family, Fold
+from awq_ext.format import read_json
 from awq_ext.hub import resolve
 from awq_ext.linear import AwqLinear
 from awq_ext.pretrained import is_quantized_directory, load_float, load_tokenizer
@@ -137,7 +138,21 @@ def _load(model: Any) -> tuple[Any, Path | None]:
     path = resolve(model)
     if is_quantized_directory(path):
         raise UnsupportedModelError(f"{model} is already quantized. Quantize the original, unquantized model")
+    _family(read_json(path, "config.json"))  # before the weights are read
     return load_float(path, "auto"), path
+
+
+def _family(config: Any) -> Family:
+    """The family of a model's config, given as transformers' object or as the dictionary of config.json."""
+    model_type = config.get("model_type") if isinstance(config, dict) else getattr(config, "model_type", None)
+    family = FAMILIES.get(str(model_type))
+    if family is None:
+        raise UnsupportedModelError(
+            f"no family is known for architecture {model_type!r} (known: {', '.join(sorted(FAMILIES))}). "
+            "Its linears can be rounded to nearest with awq_ext.replace_linears(model); a family is one entry in "
+            "awq_ext/families.py, see CONTRIBUTING"
+        )
+    return family
 
 
 def _refuse_quantized(config: Any, name: str) -> None:
@@ -168,7 +183,7 @@ class _Quantizer:
         self.duo_scaling, self.apply_clip = duo_scaling, apply_clip
         self.generator = torch.Generator().manual_seed(seed)
         self.sensitivity: dict[str, Tensor] = {}
-        self.family = self._family()
+        self.family = _family(getattr(model, "config", None))
         self.blocks: list[nn.Module] = list(model.get_submodule(self.family.blocks))
         _refuse_quantized(model.config, type(model).__name__)
         self.report = Report(method, model.config.model_type, self.group_size, self.zero_point)
@@ -187,17 +202,6 @@ class _Quantizer:
             raise UnsupportedModelError(
                 "no linear of this model can be quantized:\n" + "\n".join(f"  {d}" for d in self.decisions.values())
             )
-
-    def _family(self) -> Family:
-        model_type = getattr(getattr(self.model, "config", None), "model_type", type(self.model).__name__)
-        family = FAMILIES.get(model_type)
-        if family is None:
-            raise UnsupportedModelError(
-                f"no family is known for architecture {model_type!r} (known: {', '.join(sorted(FAMILIES))}). "
-                "Its linears can be rounded to nearest with awq_ext.replace_linears(model); a family is one entry in "
-                "awq_ext/families.py, see CONTRIBUTING"
-            )
-        return family
 
     def run(self, windows: Callable[[], Tensor]) -> Report:
         inputs = None

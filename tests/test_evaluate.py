@@ -176,14 +176,14 @@ def edit_config(directory: Path, **values) -> None:
 
 def test_a_quantized_checkpoint_is_recognised(shared):
     path = shared / "data" / "checkpoints" / "autoawq-gemm"
-    assert evaluate.is_quantized(path)
-    assert not evaluate.is_quantized(shared / "data" / "stories260K")
+    assert pretrained.is_quantized_directory(path)
+    assert not pretrained.is_quantized_directory(shared / "data" / "stories260K")
 
 
 def test_a_legacy_quant_config_is_recognised(copy):
-    assert not evaluate.is_quantized(copy)
+    assert not pretrained.is_quantized_directory(copy)
     (copy / "quant_config.json").write_text('{"w_bit": 4, "q_group_size": 128}')
-    assert evaluate.is_quantized(copy)
+    assert pretrained.is_quantized_directory(copy)
 
 
 def test_loads_in_the_dtype_asked_for(tiny_llama):
