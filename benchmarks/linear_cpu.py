@@ -45,7 +45,7 @@ def measure(n: int, k: int, m: int, group_size: int) -> dict[str, dict[str, floa
     packed, scales = int4_torch(weight, group_size)
     packs = [packed.clone() for _ in range(copies(packed))]
     half = x.bfloat16()
-    read = [torch.randint(0, 100, (layer.qweight.numel(),), dtype=torch.int32) for _ in range(len(layers))]
+    read = [torch.randn(layer.qweight.numel()) for _ in range(len(layers))]
     return take_turns(
         {
             "awq_ext float32": lambda i: layers[i % len(layers)](x),
@@ -65,11 +65,12 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--group-size", type=int, default=128)
     parser.add_argument("--rows", type=int, nargs="*", default=ROWS)
+    parser.add_argument("--shapes", type=int, default=len(SHAPES), help="only the first so many shapes")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.set_grad_enabled(False)
     results = []
-    for n, k in SHAPES:
+    for n, k in SHAPES[: args.shapes]:
         for m in args.rows:
             times = measure(n, k, m, args.group_size)
             ours = times["awq_ext bfloat16"]["median"]
