@@ -25,12 +25,6 @@ std::int64_t grain(std::int64_t bytes_per_item) {
   return std::max<std::int64_t>(1, kGrainBytes / std::max<std::int64_t>(1, bytes_per_item));
 }
 
-const std::uint32_t* words_of(const Tensor& t) { return static_cast<const std::uint32_t*>(t.const_data_ptr()); }
-std::uint32_t* words_of(Tensor& t) { return static_cast<std::uint32_t*>(t.mutable_data_ptr()); }
-
-/// An optional tensor, contiguous.
-OptionalTensor contiguous_or_none(const OptionalTensor& t) { return t ? OptionalTensor(contiguous(*t)) : std::nullopt; }
-
 /// x as rows of adjacent elements at one stride: itself when its leading dimensions already are, else a copy.
 Tensor as_rows(const Tensor& x, std::int64_t& stride) {
   const std::int64_t dims = x.dim();

@@ -39,11 +39,6 @@ class NoGrad {
   bool before_;
 };
 
-const std::uint32_t* words_of(const Tensor& t) { return static_cast<const std::uint32_t*>(t.const_data_ptr()); }
-std::uint32_t* words_of(Tensor& t) { return static_cast<std::uint32_t*>(t.mutable_data_ptr()); }
-
-OptionalTensor contiguous_or_none(const OptionalTensor& t) { return t ? OptionalTensor(contiguous(*t)) : std::nullopt; }
-
 Tensor dequantized(const Tensor& qweight, const Tensor& scales, const OptionalTensor& qzeros, const WeightShape& shape,
                    core::DType type, cudaStream_t stream) {
   Tensor w = new_empty(scales, {shape.n, shape.k}, to_scalar_type(type));

@@ -19,4 +19,11 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
+inline const std::uint32_t* words_of(const Tensor& t) { return static_cast<const std::uint32_t*>(t.const_data_ptr()); }
+inline std::uint32_t* words_of(Tensor& t) { return static_cast<std::uint32_t*>(t.mutable_data_ptr()); }
+
+inline OptionalTensor contiguous_or_none(const OptionalTensor& t) {
+  return t ? OptionalTensor(torch::stable::contiguous(*t)) : std::nullopt;
+}
+
 }  // namespace awq::ops
