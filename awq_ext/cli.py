@@ -211,14 +211,13 @@ def _quantize(args: argparse.Namespace) -> Output:
     check_replaceable(out)  # before the minutes of work
     source = resolve(args.model)
     tokenizer = load_tokenizer(source) if args.method == "awq" else None
-    samples = args.samples or (32 if args.calibration is None else 128)  # the built-in text has tokens for some 100
     if args.method == "awq" and args.calibration is None:
         _say("calibrating on Python's own help text; --calibration with text like yours gives a better model")
     model: Any = quantize(
         source,
         tokenizer,
         calibration=args.calibration or BUILTIN_TEXT,
-        samples=samples,
+        samples=args.samples,
         seq_len=args.seq_len,
         seed=args.seed,
         q_group_size=args.group_size,

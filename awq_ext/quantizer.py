@@ -32,7 +32,7 @@ def quantize(
     tokenizer: Any = None,
     *,
     calibration: Any = calibrate.BUILTIN_TEXT,
-    samples: int = 128,
+    samples: int | None = None,
     seq_len: int = 512,
     seed: int = 0,
     w_bit: int = 4,
@@ -53,7 +53,8 @@ def quantize(
         tokenizer: for calibration text; None: loaded from beside the model when ``model`` is a path.
         calibration: a text file, the name of a dataset on the hub, ``"builtin"`` (CPython's own help text: enough to
             try things, text like yours is better), a list of texts, or token ids.
-        samples, seq_len: the first ``samples`` x ``seq_len`` tokens of it are used, in order.
+        samples, seq_len: the first ``samples`` x ``seq_len`` tokens of it are used, in order. None: 128 samples, or
+            the 32 that the built-in text is sure to have.
         seed: of the random signs in the estimate of how much each linear's rows matter.
         w_bit: 4.
         q_group_size: input channels that share a scale and a zero; -1 is all of them.
@@ -89,6 +90,8 @@ def quantize(
     )
     if method not in METHODS:
         raise ValueError(f"quantize: method must be one of {', '.join(METHODS)}, got {method!r}")
+    if samples is None:
+        samples = 32 if isinstance(calibration, str) and calibration == calibrate.BUILTIN_TEXT else 128
     start = time.perf_counter()
     progress = progress or Progress()
     model, source = _load(model)

@@ -237,6 +237,12 @@ def test_dead_channels_and_one_token() -> None:
     assert torch.isfinite(logits(model, ids())).all()
 
 
+def test_a_path_is_enough(tiny_llama) -> None:  # type: ignore[no-untyped-def]
+    """Model and tokenizer from the directory, calibration on the text that Python carries."""
+    model = quantize(str(tiny_llama))
+    assert model.awq_report.calibration_tokens == 32 * 512 and len(model.awq_report.quantized) == 14
+
+
 def perplexity(model: nn.Module, tokens: torch.Tensor) -> float:
     return math.exp(
         float(nn.functional.cross_entropy(logits(model, tokens)[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()))
