@@ -15,7 +15,7 @@ from awq_ext.calibrate import BlockInputs
 from awq_ext.checkpoint import save_quantized
 from awq_ext.errors import CalibrationError, UnsupportedModelError
 from awq_ext.families import FAMILIES, Family, Fold
-from awq_ext.format import read_json
+from awq_ext.format import QuantConfig, read_json
 from awq_ext.hub import resolve
 from awq_ext.linear import AwqLinear
 from awq_ext.pretrained import is_quantized_directory, load_float, load_tokenizer
@@ -222,17 +222,10 @@ class _Quantizer:
             for d in self.decisions.values()
             if d.reason is not None
         ]
-        self.model.config.quantization_config = {
-            "quant_method": "awq",
-            "bits": 4,
-            "group_size": self.group_size,
-            "zero_point": self.zero_point,
-            "version": "gemm",
-            "modules_to_not_convert": [
-                d.name for d in self.decisions.values() if d.reason is not None and d.name not in NEVER_CONVERTED
-            ]
-            or None,
-        }
+        kept = tuple(x.name for x in self.report.kept if x.name not in NEVER_CONVERTED)
+        self.model.config.quantization_config = QuantConfig(
+            group_size=self.group_size, zero_point=self.zero_point, modules_to_not_convert=kept
+        ).to_dict()
         return self.report
 
     def _check_tokens(self, ids: Tensor) -> None:

@@ -18,20 +18,23 @@ void pack_triangle(const float* gram, std::int64_t stride, std::int64_t k, std::
       }
 }
 
-void weight_means(const SearchArgs& a, std::int64_t begin, std::int64_t end, float* w_mean) {
-  for (std::int64_t g = begin; g < end; ++g) {
-    std::vector<double> sum(static_cast<std::size_t>(a.group));
-    for (std::int64_t row = 0; row < a.n; ++row) {
-      const float* w = a.w + row * a.k + g * a.group;
-      float largest = 0.0f;
-      for (std::int64_t i = 0; i < a.group; ++i) largest = std::max(largest, std::fabs(w[i]));
-      const float inverse = 1.0f / (largest + 1e-6f);
-      for (std::int64_t i = 0; i < a.group; ++i) sum[static_cast<std::size_t>(i)] += std::fabs(w[i]) * inverse;
+void weight_means(const SearchArgs& a, std::int64_t begin, std::int64_t end, float* w_mean) noexcept {
+  constexpr std::int64_t kColumns = 256;  // sums held at a time, so that nothing is allocated on a worker thread
+  for (std::int64_t g = begin; g < end; ++g)
+    for (std::int64_t first = 0; first < a.group; first += kColumns) {
+      const std::int64_t count = std::min(kColumns, a.group - first);
+      double sum[kColumns] = {};
+      for (std::int64_t row = 0; row < a.n; ++row) {
+        const float* w = a.w + row * a.k + g * a.group;
+        float largest = 0.0f;
+        for (std::int64_t i = 0; i < a.group; ++i) largest = std::max(largest, std::fabs(w[i]));
+        const float inverse = 1.0f / (largest + 1e-6f);
+        for (std::int64_t i = 0; i < count; ++i) sum[i] += std::fabs(w[first + i]) * inverse;
+      }
+      for (std::int64_t i = 0; i < count; ++i)
+        w_mean[g * a.group + first + i] =
+            static_cast<float>(sum[i] / static_cast<double>(std::max<std::int64_t>(1, a.n)));
     }
-    for (std::int64_t i = 0; i < a.group; ++i)
-      w_mean[g * a.group + i] =
-          static_cast<float>(sum[static_cast<std::size_t>(i)] / static_cast<double>(std::max<std::int64_t>(1, a.n)));
-  }
 }
 
 namespace {

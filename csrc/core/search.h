@@ -19,7 +19,7 @@ struct SearchArgs {
 constexpr std::int64_t candidate_count(std::int64_t grid, bool duo) { return 1 + grid * (duo ? 2 : 1); }
 
 /// w_mean[k] for groups [begin, end): the mean over rows of |w| / (largest |w| of the row's group + 1e-6).
-void weight_means(const SearchArgs& args, std::int64_t begin, std::int64_t end, float* w_mean);
+void weight_means(const SearchArgs& args, std::int64_t begin, std::int64_t end, float* w_mean) noexcept;
 
 /// Fills candidates [candidate_count, k] as ops.py search_scale describes; tie is [k] or nullptr.
 void scale_candidates(const float* x_mean, const float* w_mean, const std::int64_t* tie, std::int64_t k,

@@ -253,8 +253,9 @@ std::tuple<Tensor, Tensor> search_scale(const Tensor& w, const Tensor& x_mean, c
   const std::int64_t count = core::candidate_count(grid, duo_scaling);
   Tensor w_mean = new_empty(w, {k}, ScalarType::Float);
   auto* w_mean_data = static_cast<float*>(w_mean.mutable_data_ptr());
-  parallel_for(0, groups, 1,
-               [&](std::int64_t begin, std::int64_t end) { core::weight_means(args, begin, end, w_mean_data); });
+  parallel_for(0, groups, 1, [&](std::int64_t begin, std::int64_t end) noexcept {
+    core::weight_means(args, begin, end, w_mean_data);
+  });
   Tensor candidates = new_empty(w, {2, count, k}, ScalarType::Float);  // and their inverses
   auto* candidate = static_cast<float*>(candidates.mutable_data_ptr());
   float* inverse = candidate + count * k;
