@@ -7,16 +7,28 @@
 
 namespace awq::core {
 
-/// Work is cut along the rows of the word matrix: any split of [0, word rows) among threads gives the same words.
-/// q is [n, k] row-major, one code a byte; words are row-major.
+/// Work is cut into blocks along one axis of the codes [n, k]; any split of the blocks among threads gives the same
+/// bytes. Words are a little-endian word matrix as layout.h describes, at any address; q is [n, k] row-major, one code
+/// a byte. Packing and repacking cut along the target's outer axis, so that each thread writes rows of words of its
+/// own.
+inline constexpr std::int64_t kBlock = 128;  // codes
 
-/// Packs word rows [begin, end). Returns false if a code there is above 15.
-bool pack_rows(const Layout& layout, const std::uint8_t* q, std::int64_t n, std::int64_t k, std::uint32_t* words,
-               std::int64_t begin, std::int64_t end) noexcept;
+/// How many blocks codes [n, k] are cut into along `axis`.
+constexpr std::int64_t block_count(Axis axis, std::int64_t n, std::int64_t k) {
+  return ceil_div(axis == Axis::n ? n : k, kBlock);
+}
 
-/// Unpacks word rows [begin, end) into their codes.
-void unpack_rows(const Layout& layout, const std::uint32_t* words, std::int64_t n, std::int64_t k, std::uint8_t* q,
+/// Packs blocks [begin, end) of block_count(to.outer, n, k). Returns false if a code there is above 15.
+bool pack_blocks(const Codes& to, const std::uint8_t* q, void* words, std::int64_t n, std::int64_t k,
                  std::int64_t begin, std::int64_t end) noexcept;
+
+/// Unpacks blocks [begin, end) of block_count(Axis::n, n, k).
+void unpack_blocks(const Codes& from, const void* words, std::uint8_t* q, std::int64_t n, std::int64_t k,
+                   std::int64_t begin, std::int64_t end) noexcept;
+
+/// Repacks blocks [begin, end) of block_count(to.outer, n, k). Codes outside [n, k] that `from` pads with are dropped.
+void repack_blocks(const Codes& from, const Codes& to, const void* source, void* target, std::int64_t n, std::int64_t k,
+                   std::int64_t begin, std::int64_t end) noexcept;
 
 struct DequantizeArgs {
   const std::uint32_t* qweight;  // gemm layout [k, n/8]

@@ -45,18 +45,19 @@ AWQ_HOST_DEVICE inline float load_float(const void* data, std::int64_t i) {
 }
 
 // --- pack, unpack, repack: codes or words -> a square tile of codes in shared memory -> words or codes ---------------
-// Both sides read and write neighbouring addresses; only the shared tile is walked across its grain. The layout comes
-// along as a kernel argument; its strings lie in host memory and are not for the device.
+// Both sides read and write neighbouring addresses; only the shared tile is walked across its grain. Every layout's
+// own tiles fit into the square one a whole number of times.
 
 inline constexpr int kTile = 64;
 inline constexpr int kTileStride = kTile + 4;  // 17 words, an odd number: a column of codes lies in distinct banks
 using SquareTiles = Tiles<kTile, kTile>;
 
-/// Index in a tile of the code that nibble i of the tile's word (row, col) holds: the inverse of core::locate.
-AWQ_HOST_DEVICE inline int tile_index(const core::Layout& layout, int row, int col, int nibble) {
-  const int p = (layout.words_by_row ? row : col) * kCodesPerWord + layout.order[static_cast<std::size_t>(nibble)];
-  const int other = layout.words_by_row ? col : row;
-  return layout.packed == core::Axis::n ? p * kTileStride + other : other * kTileStride + p;
+/// The code of a square tile that `nibble` of the tile's word (row, col) holds: the inverse of core::locate.
+AWQ_HOST_DEVICE inline CodeShape code_of_word(const core::Codes& codes, int row, int col, int nibble) {
+  const int inner = col / codes.tile_words();
+  const CodeShape code = core::code_in_tile(codes, col % codes.tile_words() * codes.codes_per_word() + nibble);
+  const bool by_n = codes.outer == core::Axis::n;
+  return {(by_n ? row : inner) * codes.tile_n + code.n, (by_n ? inner : row) * codes.tile_k + code.k};
 }
 
 /// Calls visit(index in the tile, index in q) for this thread's share of the codes of a tile.
@@ -72,13 +73,13 @@ AWQ_HOST_DEVICE inline void for_codes(SquareTiles tiles, std::int64_t tile, int 
 
 /// Calls visit(row and column of the word in the tile, index in the word matrix) for this thread's share of the words.
 template <class Visit>
-AWQ_HOST_DEVICE inline void for_words(const core::Layout& layout, SquareTiles tiles, std::int64_t tile, int thread,
+AWQ_HOST_DEVICE inline void for_words(const core::Codes& codes, SquareTiles tiles, std::int64_t tile, int thread,
                                       Visit visit) {
-  const core::WordShape whole = core::word_shape(layout, tiles.shape.n, tiles.shape.k);
-  const core::WordShape part = core::word_shape(layout, kTile, kTile);
+  const core::WordShape whole = core::word_shape(codes, tiles.shape.n, tiles.shape.k);
+  const core::WordShape part = core::word_shape(codes, kTile, kTile);
   const CodeShape first = tiles.origin(tile);
-  const core::WordShape origin = core::word_shape(layout, first.n, first.k);
-  for (int i = thread; i < kTile * kTile / kCodesPerWord; i += kThreads) {
+  const core::WordShape origin = core::word_shape(codes, first.n, first.k);
+  for (int i = thread; i < kTile * kTile / codes.codes_per_word(); i += kThreads) {
     const int row = i / static_cast<int>(part.cols), col = i % static_cast<int>(part.cols);
     if (origin.rows + row < whole.rows && origin.cols + col < whole.cols)
       visit(row, col, (origin.rows + row) * whole.cols + origin.cols + col);
@@ -102,28 +103,39 @@ struct WriteCodes {
 };
 
 struct ReadWords {
-  core::Layout layout;
-  const std::uint32_t* words;
+  core::Codes codes;
+  const void* words;
 
   AWQ_HOST_DEVICE void operator()(std::uint8_t* shared, SquareTiles tiles, std::int64_t tile, int thread) const {
-    for_words(layout, tiles, tile, thread, [&](int row, int col, std::int64_t global) {
-      const std::uint32_t word = words[global];
-      for (int i = 0; i < kCodesPerWord; ++i)
-        shared[tile_index(layout, row, col, i)] = static_cast<std::uint8_t>((word >> (4 * i)) & 15u);
+    for_words(codes, tiles, tile, thread, [&](int row, int col, std::int64_t global) {
+      const std::uint32_t word = codes.word_bits == 16 ? static_cast<const std::uint16_t*>(words)[global]
+                                                       : static_cast<const std::uint32_t*>(words)[global];
+      for (int i = 0; i < codes.codes_per_word(); ++i) {
+        const CodeShape code = code_of_word(codes, row, col, i);
+        shared[code.n * kTileStride + code.k] = static_cast<std::uint8_t>((word >> (4 * i)) & 15u);
+      }
     });
   }
 };
 
+/// Codes outside the matrix, where a layout pads, are 0.
 struct WriteWords {
-  core::Layout layout;
-  std::uint32_t* words;
+  core::Codes codes;
+  void* words;
 
   AWQ_HOST_DEVICE void operator()(const std::uint8_t* shared, SquareTiles tiles, std::int64_t tile, int thread) const {
-    for_words(layout, tiles, tile, thread, [&](int row, int col, std::int64_t global) {
+    const CodeShape origin = tiles.origin(tile);
+    for_words(codes, tiles, tile, thread, [&](int row, int col, std::int64_t global) {
       std::uint32_t word = 0;
-      for (int i = 0; i < kCodesPerWord; ++i)
-        word |= (shared[tile_index(layout, row, col, i)] & std::uint32_t{15}) << (4 * i);
-      words[global] = word;
+      for (int i = 0; i < codes.codes_per_word(); ++i) {
+        const CodeShape code = code_of_word(codes, row, col, i);
+        if (origin.n + code.n < tiles.shape.n && origin.k + code.k < tiles.shape.k)
+          word |= (shared[code.n * kTileStride + code.k] & std::uint32_t{15}) << (4 * i);
+      }
+      if (codes.word_bits == 16)
+        static_cast<std::uint16_t*>(words)[global] = static_cast<std::uint16_t>(word);
+      else
+        static_cast<std::uint32_t*>(words)[global] = word;
     });
   }
 };
@@ -250,7 +262,7 @@ inline bool has_whole_blocks(const core::DequantizeArgs& a) {
 /// One thread's share of a tile. kWhole is has_whole_blocks(a).
 template <DType kScale, DType kOut, bool kWhole>
 AWQ_HOST_DEVICE inline void dequantize_block(const core::DequantizeArgs& a, std::int64_t tile, int thread) {
-  constexpr auto nibble_of = core::inverse(core::find_layout("gemm")->order);
+  constexpr auto nibble_of = core::inverse(core::kAwqOrder);
   const CodeShape first = thread_block({{a.n, a.k}}, tile, thread);
   if (first.n >= a.n || first.k >= a.k) return;
   const std::int64_t words = a.n / kCodesPerWord, column = first.n / kCodesPerWord;

@@ -67,18 +67,18 @@ cudaError_t with_type(DType type, const Body& body) {
 
 }  // namespace
 
-cudaError_t pack(const core::Layout& to, const std::uint8_t* q, std::uint32_t* words, std::int64_t n, std::int64_t k,
+cudaError_t pack(const core::Codes& to, const std::uint8_t* q, void* words, std::int64_t n, std::int64_t k,
                  cudaStream_t stream) {
   return convert(ReadCodes{q}, WriteWords{to, words}, n, k, stream);
 }
 
-cudaError_t unpack(const core::Layout& from, const std::uint32_t* words, std::uint8_t* q, std::int64_t n,
-                   std::int64_t k, cudaStream_t stream) {
+cudaError_t unpack(const core::Codes& from, const void* words, std::uint8_t* q, std::int64_t n, std::int64_t k,
+                   cudaStream_t stream) {
   return convert(ReadWords{from, words}, WriteCodes{q}, n, k, stream);
 }
 
-cudaError_t repack(const core::Layout& from, const core::Layout& to, const std::uint32_t* source, std::uint32_t* target,
-                   std::int64_t n, std::int64_t k, cudaStream_t stream) {
+cudaError_t repack(const core::Codes& from, const core::Codes& to, const void* source, void* target, std::int64_t n,
+                   std::int64_t k, cudaStream_t stream) {
   return convert(ReadWords{from, source}, WriteWords{to, target}, n, k, stream);
 }
 

@@ -13,16 +13,16 @@
 namespace awq::cuda {
 
 /// Codes q [n, k], one a byte, -> words of `to`. Bits above the lowest four of a code are dropped.
-cudaError_t pack(const core::Layout& to, const std::uint8_t* q, std::uint32_t* words, std::int64_t n, std::int64_t k,
+cudaError_t pack(const core::Codes& to, const std::uint8_t* q, void* words, std::int64_t n, std::int64_t k,
                  cudaStream_t stream);
 
 /// Words of `from` -> codes q [n, k].
-cudaError_t unpack(const core::Layout& from, const std::uint32_t* words, std::uint8_t* q, std::int64_t n,
-                   std::int64_t k, cudaStream_t stream);
+cudaError_t unpack(const core::Codes& from, const void* words, std::uint8_t* q, std::int64_t n, std::int64_t k,
+                   cudaStream_t stream);
 
 /// Words of `from` -> words of `to`, for the same codes [n, k].
-cudaError_t repack(const core::Layout& from, const core::Layout& to, const std::uint32_t* source, std::uint32_t* target,
-                   std::int64_t n, std::int64_t k, cudaStream_t stream);
+cudaError_t repack(const core::Codes& from, const core::Codes& to, const void* source, void* target, std::int64_t n,
+                   std::int64_t k, cudaStream_t stream);
 
 /// core::quantize_rows over all rows, bit for bit, except that a group whose scale is not finite gets scale NaN,
 /// its zero as code, and stops nothing.

@@ -97,23 +97,18 @@ ScalarType to_scalar_type(core::DType t) {
   }
 }
 
-const core::Layout& layout_of(const char* op, const std::string& name) {
-  const core::Layout* layout = core::find_layout(name);
-  if (layout == nullptr) {
+const core::Codes& codes_of(const char* op, const std::string& name) {
+  const core::Codes* codes = core::find_codes(name);
+  if (codes == nullptr) {
     std::string known;
     for (const core::Layout& l : core::kLayouts) known += (known.empty() ? "" : ", ") + std::string(l.name);
-    STD_TORCH_CHECK(false, "awq_ext::", op, ": unknown layout '", name, "', expected one of ", known);
+    STD_TORCH_CHECK(false, "awq_ext::", op, ": unknown layout '", name, "', expected one of ", known,
+                    ", or '<layout>.zeros' where zeros are packed");
   }
-  return *layout;
+  return *codes;
 }
 
-const core::Layout& compute_layout(const char* op, const std::string& name) {
-  const core::Layout& layout = layout_of(op, name);
-  STD_TORCH_CHECK(layout.name == "gemm", "awq_ext::", op, ": layout '", name,
-                  "' is stored but not computed on; convert the words with awq_ext::repack(src='", name,
-                  "', dst='gemm') first");
-  return layout;
-}
+ScalarType word_type(const core::Codes& codes) { return codes.word_bits == 16 ? ScalarType::Short : ScalarType::Int; }
 
 std::int64_t group_of(const char* op, std::int64_t group_size, std::int64_t k) {
   const std::int64_t group = group_size == -1 ? (k > 0 ? k : 1) : group_size;
@@ -126,7 +121,11 @@ std::int64_t group_of(const char* op, std::int64_t group_size, std::int64_t k) {
 
 WeightShape check_weight(const char* op, const Tensor& qweight, const Tensor& scales, const OptionalTensor& qzeros,
                          std::int64_t group_size, const std::string& layout) {
-  const core::CodeShape codes = check_words(op, qweight, compute_layout(op, layout));
+  codes_of(op, layout);  // an unknown name is told as such
+  STD_TORCH_CHECK(layout == "gemm", "awq_ext::", op, ": layout '", layout,
+                  "' is stored but not computed on; convert the words with awq_ext::repack(src='", layout,
+                  "', dst='gemm') first");
+  const core::CodeShape codes = check_words(op, qweight, layout);
   const std::int64_t n = codes.n, k = codes.k;
   const std::int64_t group = group_of(op, group_size, k);
   const std::int64_t groups = k / group;
@@ -172,26 +171,31 @@ void check_range(const char* op, const OptionalTensor& range, const Tensor& w, c
   check_same_device(op, w, "w", *range, "range");
 }
 
-void check_packable(const char* op, std::int64_t n, std::int64_t k, const core::Layout& layout) {
-  const bool along_n = layout.packed == core::Axis::n;
-  STD_TORCH_CHECK((along_n ? n : k) % core::kCodesPerWord == 0, "awq_ext::", op, ": layout '", std::string(layout.name),
-                  "' packs eight ", along_n ? "out_features" : "in_features", " a word, so their number must be a ",
-                  "multiple of 8, got ", along_n ? n : k);
+const core::Codes& check_packable(const char* op, std::int64_t n, std::int64_t k, const std::string& layout) {
+  const core::Codes& codes = codes_of(op, layout);
+  STD_TORCH_CHECK(core::can_hold(codes, n, k), "awq_ext::", op, ": layout '", layout,
+                  "' needs out_features that are a multiple of ", codes.tile_n,
+                  " and in_features that are a multiple of ", codes.tile_k, ", got ", n, " and ", k);
+  return codes;
 }
 
-void check_codes(const char* op, const Tensor& q, const core::Layout& layout) {
+const core::Codes& check_codes(const char* op, const Tensor& q, const std::string& layout) {
   check_given(op, "q", q);
   STD_TORCH_CHECK(q.dim() == 2 && q.scalar_type() == ScalarType::Byte, "awq_ext::", op,
                   ": q must be [out_features, in_features] uint8, got ", describe(q));
-  check_packable(op, q.size(0), q.size(1), layout);
+  return check_packable(op, q.size(0), q.size(1), layout);
 }
 
-core::CodeShape check_words(const char* op, const Tensor& words, const core::Layout& layout) {
+core::CodeShape check_words(const char* op, const Tensor& words, const std::string& layout) {
+  const core::Codes& codes = codes_of(op, layout);
   check_given(op, "qweight", words);
-  STD_TORCH_CHECK(words.dim() == 2 && words.scalar_type() == ScalarType::Int, "awq_ext::", op,
-                  ": qweight must be a matrix of int32 words in layout '", std::string(layout.name), "', got ",
-                  describe(words));
-  return core::code_shape(layout, words.size(0), words.size(1));
+  STD_TORCH_CHECK(words.dim() == 2 && words.scalar_type() == word_type(codes), "awq_ext::", op,
+                  ": qweight must be a matrix of ", dtype_name(word_type(codes)), " words in layout '", layout,
+                  "', got ", describe(words));
+  const core::CodeShape shape = core::code_shape(codes, words.size(0), words.size(1));
+  STD_TORCH_CHECK(shape.n >= 0, "awq_ext::", op, ": qweight must have columns in runs of ", codes.tile_words(),
+                  " words in layout '", layout, "', got ", describe(words));
+  return shape;
 }
 
 void check_same_device(const char* op, const Tensor& first, const char* first_name, const Tensor& other,

@@ -19,10 +19,8 @@ core::DType float_type(const char* op, const char* name, const Tensor& t, bool a
 core::DType scale_type(const char* op, std::optional<ScalarType> dtype);
 ScalarType to_scalar_type(core::DType t);
 
-const core::Layout& layout_of(const char* op, const std::string& name);
-
-/// The layout of that name if kernels compute on it (today: gemm); else an error that names `repack`.
-const core::Layout& compute_layout(const char* op, const std::string& name);
+/// The codes of that name, see core::find_codes.
+const core::Codes& codes_of(const char* op, const std::string& name);
 
 /// group_size as the user gives it (-1: the whole of k) -> g; refuses what does not divide k.
 std::int64_t group_of(const char* op, std::int64_t group_size, std::int64_t k);
@@ -45,12 +43,14 @@ LinearShape check_linear(const Tensor& x, const Tensor& qweight, const Tensor& s
 WeightShape check_float_weight(const char* op, const Tensor& w, std::int64_t group_size);
 void check_range(const char* op, const OptionalTensor& range, const Tensor& w, const WeightShape& shape);
 
-/// q uint8 [n, k] that `layout` can pack.
-void check_codes(const char* op, const Tensor& q, const core::Layout& layout);
-/// int32 words; returns n and k.
-core::CodeShape check_words(const char* op, const Tensor& words, const core::Layout& layout);
-/// Refuses codes of shape [n, k] that `layout` cannot hold.
-void check_packable(const char* op, std::int64_t n, std::int64_t k, const core::Layout& layout);
+/// q uint8 [n, k] that `layout` can pack; returns how.
+const core::Codes& check_codes(const char* op, const Tensor& q, const std::string& layout);
+/// Words of `layout`; returns the n and k of their codes.
+core::CodeShape check_words(const char* op, const Tensor& words, const std::string& layout);
+/// Refuses codes of shape [n, k] that `layout` cannot hold; returns how it holds them.
+const core::Codes& check_packable(const char* op, std::int64_t n, std::int64_t k, const std::string& layout);
+/// The dtype of a layout's words.
+ScalarType word_type(const core::Codes& codes);
 
 void check_same_device(const char* op, const Tensor& first, const char* first_name, const Tensor& other,
                        const char* other_name);

@@ -140,39 +140,56 @@ std::tuple<Tensor, Tensor, Tensor> quantize(const Tensor& w, std::int64_t group_
   return {q, scales, zeros};
 }
 
+/// Blocks are worth a thread of their own where they hold enough codes.
+std::int64_t block_grain(core::Axis axis, std::int64_t n, std::int64_t k) {
+  return grain(core::kBlock * (axis == core::Axis::n ? k : n));
+}
+
 Tensor pack(const Tensor& q, std::string layout) {
-  const core::Layout& to = layout_of("pack", layout);
-  check_codes("pack", q, to);
+  const core::Codes& to = check_codes("pack", q, layout);
   const std::int64_t n = q.size(0), k = q.size(1);
   const core::WordShape shape = core::word_shape(to, n, k);
   const Tensor codes = contiguous(q);
-  Tensor words = new_empty(q, {shape.rows, shape.cols}, ScalarType::Int);
+  Tensor words = new_empty(q, {shape.rows, shape.cols}, word_type(to));
+  const auto* source = static_cast<const std::uint8_t*>(codes.const_data_ptr());
+  void* target = words.mutable_data_ptr();
   std::atomic<bool> fits{true};
-  parallel_for(0, shape.rows, grain(shape.cols * 12), [&](std::int64_t begin, std::int64_t end) noexcept {
-    if (!core::pack_rows(to, static_cast<const std::uint8_t*>(codes.const_data_ptr()), n, k, words_of(words), begin,
-                         end))
-      fits = false;
-  });
+  parallel_for(0, core::block_count(to.outer, n, k), block_grain(to.outer, n, k),
+               [&](std::int64_t begin, std::int64_t end) noexcept {
+                 if (!core::pack_blocks(to, source, target, n, k, begin, end)) fits = false;
+               });
   STD_TORCH_CHECK(fits, "awq_ext::pack: q must hold codes 0..15, got a larger value");
   return words;
 }
 
 Tensor unpack(const Tensor& qweight, std::string layout) {
-  const core::Layout& from = layout_of("unpack", layout);
-  const auto [n, k] = check_words("unpack", qweight, from);
-  const core::WordShape shape = core::word_shape(from, n, k);
+  const core::Codes& from = codes_of("unpack", layout);
+  const auto [n, k] = check_words("unpack", qweight, layout);
   const Tensor words = contiguous(qweight);
   Tensor q = new_empty(qweight, {n, k}, ScalarType::Byte);
-  parallel_for(0, shape.rows, grain(shape.cols * 12), [&, n = n, k = k](std::int64_t begin, std::int64_t end) noexcept {
-    core::unpack_rows(from, words_of(words), n, k, static_cast<std::uint8_t*>(q.mutable_data_ptr()), begin, end);
-  });
+  const void* source = words.const_data_ptr();
+  auto* target = static_cast<std::uint8_t*>(q.mutable_data_ptr());
+  parallel_for(0, core::block_count(core::Axis::n, n, k), block_grain(core::Axis::n, n, k),
+               [&, n = n, k = k](std::int64_t begin, std::int64_t end) noexcept {
+                 core::unpack_blocks(from, source, target, n, k, begin, end);
+               });
   return q;
 }
 
 Tensor repack(const Tensor& qweight, std::string src, std::string dst) {
-  const auto [n, k] = check_words("repack", qweight, layout_of("repack", src));
-  check_packable("repack", n, k, layout_of("repack", dst));
-  return pack(unpack(qweight, src), dst);
+  const core::Codes& from = codes_of("repack", src);
+  const auto [n, k] = check_words("repack", qweight, src);
+  const core::Codes& to = check_packable("repack", n, k, dst);
+  const core::WordShape shape = core::word_shape(to, n, k);
+  const Tensor words = contiguous(qweight);
+  Tensor result = new_empty(qweight, {shape.rows, shape.cols}, word_type(to));
+  const void* source = words.const_data_ptr();
+  void* target = result.mutable_data_ptr();
+  parallel_for(0, core::block_count(to.outer, n, k), block_grain(to.outer, n, k),
+               [&, n = n, k = k](std::int64_t begin, std::int64_t end) noexcept {
+                 core::repack_blocks(from, to, source, target, n, k, begin, end);
+               });
+  return result;
 }
 
 // --- searches -------------------------------------------------------------------------------------------------------

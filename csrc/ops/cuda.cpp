@@ -116,39 +116,36 @@ std::tuple<Tensor, Tensor, Tensor> quantize(const Tensor& w, std::int64_t group_
 }
 
 Tensor pack(const Tensor& q, std::string layout) {
-  const core::Layout& to = layout_of("pack", layout);
-  check_codes("pack", q, to);
+  const core::Codes& to = check_codes("pack", q, layout);
   const OnDevice device(q);
   const std::int64_t n = q.size(0), k = q.size(1);
   const core::WordShape shape = core::word_shape(to, n, k);
   const Tensor codes = contiguous(q);
-  Tensor words = new_empty(q, {shape.rows, shape.cols}, ScalarType::Int);
-  STD_CUDA_CHECK(
-      cuda::pack(to, static_cast<const std::uint8_t*>(codes.const_data_ptr()), words_of(words), n, k, device.stream));
+  Tensor words = new_empty(q, {shape.rows, shape.cols}, word_type(to));
+  STD_CUDA_CHECK(cuda::pack(to, static_cast<const std::uint8_t*>(codes.const_data_ptr()), words.mutable_data_ptr(), n,
+                            k, device.stream));
   return words;
 }
 
 Tensor unpack(const Tensor& qweight, std::string layout) {
-  const core::Layout& from = layout_of("unpack", layout);
-  const auto [n, k] = check_words("unpack", qweight, from);
+  const auto [n, k] = check_words("unpack", qweight, layout);
   const OnDevice device(qweight);
   const Tensor words = contiguous(qweight);
   Tensor q = new_empty(qweight, {n, k}, ScalarType::Byte);
-  STD_CUDA_CHECK(
-      cuda::unpack(from, words_of(words), static_cast<std::uint8_t*>(q.mutable_data_ptr()), n, k, device.stream));
+  STD_CUDA_CHECK(cuda::unpack(codes_of("unpack", layout), words.const_data_ptr(),
+                              static_cast<std::uint8_t*>(q.mutable_data_ptr()), n, k, device.stream));
   return q;
 }
 
 Tensor repack(const Tensor& qweight, std::string src, std::string dst) {
-  const core::Layout& from = layout_of("repack", src);
-  const core::Layout& to = layout_of("repack", dst);
-  const auto [n, k] = check_words("repack", qweight, from);
-  check_packable("repack", n, k, to);
+  const auto [n, k] = check_words("repack", qweight, src);
+  const core::Codes& to = check_packable("repack", n, k, dst);
   const OnDevice device(qweight);
   const core::WordShape shape = core::word_shape(to, n, k);
   const Tensor source = contiguous(qweight);
-  Tensor target = new_empty(qweight, {shape.rows, shape.cols}, ScalarType::Int);
-  STD_CUDA_CHECK(cuda::repack(from, to, words_of(source), words_of(target), n, k, device.stream));
+  Tensor target = new_empty(qweight, {shape.rows, shape.cols}, word_type(to));
+  STD_CUDA_CHECK(cuda::repack(codes_of("repack", src), to, source.const_data_ptr(), target.mutable_data_ptr(), n, k,
+                              device.stream));
   return target;
 }
 

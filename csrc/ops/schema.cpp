@@ -22,13 +22,15 @@ STABLE_TORCH_LIBRARY(awq_ext, m) {
       "quantize(Tensor w, *, int group_size, bool zero_point=True, Tensor? range=None, ScalarType? dtype=None) "
       "-> (Tensor, Tensor, Tensor)");
 
-  // Codes q uint8 [n, k] -> int32 words of the layout: gemm [k, n/8], gemv [n, k/8], gptq [k/8, n].
+  // Codes q uint8 [n, k] -> the words of a layout of csrc/core/layout.h. The name of a layout means its weight (gemm:
+  // int32 [k, n/8], gemv: int32 [n, k/8], gptq: int32 [k/8, n], gemv_fast: int16 [n/4, k] ...), "<layout>.zeros" its
+  // packed zeros, for q = zeros [n, G]. Layouts that pad fill up with 0.
   m.def("pack(Tensor q, *, str layout=\"gemm\") -> Tensor");
 
-  // int32 words of the layout -> codes q uint8 [n, k].
+  // Words of the layout -> codes q uint8 [n, k], with the padding if there is any.
   m.def("unpack(Tensor qweight, *, str layout=\"gemm\") -> Tensor");
 
-  // int32 words of layout src -> int32 words of layout dst, for the same codes.
+  // Words of layout src -> words of layout dst, for the same codes.
   m.def("repack(Tensor qweight, *, str src, str dst) -> Tensor");
 
   // AWQ's search for the scale of each input channel that loses least: argmin over candidates c of

@@ -3,6 +3,8 @@
 #pragma once
 #include <cstdint>
 #include <random>
+#include <string>
+#include <utility>
 #include <vector>
 
 #include "core/layout.h"
@@ -82,14 +84,34 @@ class Array {
 };
 
 /// All of q [n, k] in words of the layout.
-inline std::vector<std::uint32_t> pack(const core::Layout& layout, const std::vector<std::uint8_t>& q, std::int64_t n,
-                                       std::int64_t k) {
-  const core::WordShape shape = core::word_shape(layout, n, k);
-  std::vector<std::uint32_t> words(static_cast<std::size_t>(shape.rows * shape.cols));
-  core::pack_rows(layout, q.data(), n, k, words.data(), 0, shape.rows);
+/// Words of any width, as bytes.
+inline std::vector<std::uint8_t> pack_bytes(const core::Codes& codes, const std::vector<std::uint8_t>& q,
+                                            std::int64_t n, std::int64_t k) {
+  const core::WordShape shape = core::word_shape(codes, n, k);
+  std::vector<std::uint8_t> words(static_cast<std::size_t>(shape.rows * shape.cols * codes.word_bits / 8), 0xa5);
+  core::pack_blocks(codes, q.data(), words.data(), n, k, 0, core::block_count(codes.outer, n, k));
   return words;
 }
 
-inline const core::Layout& gemm_layout() { return *core::find_layout("gemm"); }
+/// Words of 32 bits.
+inline std::vector<std::uint32_t> pack(const core::Codes& codes, const std::vector<std::uint8_t>& q, std::int64_t n,
+                                       std::int64_t k) {
+  const core::WordShape shape = core::word_shape(codes, n, k);
+  std::vector<std::uint32_t> words(static_cast<std::size_t>(shape.rows * shape.cols));
+  core::pack_blocks(codes, q.data(), words.data(), n, k, 0, core::block_count(codes.outer, n, k));
+  return words;
+}
+
+/// Everything that find_codes knows, once each, with its name.
+inline std::vector<std::pair<std::string, core::Codes>> every_codes() {
+  std::vector<std::pair<std::string, core::Codes>> all;
+  for (const core::Layout& layout : core::kLayouts)
+    for (const std::string suffix : {"", ".zeros"})
+      if (const core::Codes* codes = core::find_codes(std::string(layout.name) + suffix))
+        all.emplace_back(std::string(layout.name) + suffix, *codes);
+  return all;
+}
+
+inline const core::Codes& gemm_layout() { return core::find_layout("gemm")->weight; }
 
 }  // namespace awq::test

@@ -14,7 +14,6 @@
 
 using namespace awq;
 using core::DType;
-using core::Layout;
 using test::Array;
 using test::kFloatTypes;
 using test::Random;
@@ -86,33 +85,33 @@ void with_type(DType type, const Body& body) {
 }  // namespace
 
 TEST_CASE("a tile of the CUDA conversion kernels is laid out as core::locate says") {
-  for (const Layout& layout : core::kLayouts) {
-    const auto cols = core::word_shape(layout, cuda::kTile, cuda::kTile).cols;
+  for (const auto& [name, codes] : test::every_codes()) {
+    CAPTURE(name);
+    const auto cols = core::word_shape(codes, cuda::kTile, cuda::kTile).cols;
     for (int row = 0; row < cuda::kTile; ++row)
       for (int col = 0; col < cuda::kTile; ++col) {
-        const core::CodePlace place = core::locate(layout, cuda::kTile, cuda::kTile, row, col);
-        CHECK(cuda::tile_index(layout, static_cast<int>(place.word / cols), static_cast<int>(place.word % cols),
-                               place.nibble) == row * cuda::kTileStride + col);
+        const core::CodePlace place = core::locate(codes, cuda::kTile, cuda::kTile, row, col);
+        const core::CodeShape code = cuda::code_of_word(codes, static_cast<int>(place.word / cols),
+                                                        static_cast<int>(place.word % cols), place.nibble);
+        REQUIRE((code.n == row && code.k == col));
       }
   }
 }
 
 TEST_CASE("CUDA pack, unpack and repack equal core's") {
-  const std::vector<std::pair<std::int64_t, std::int64_t>> shapes = {{8, 8},   {64, 64},  {8, 200}, {200, 8}, {136, 72},
-                                                                     {128, 1}, {72, 131}, {1, 64},  {131, 72}};
+  const std::vector<std::pair<std::int64_t, std::int64_t>> shapes = {
+      {8, 8}, {64, 64}, {8, 200}, {200, 8}, {136, 72}, {128, 1}, {72, 131}, {1, 64}, {131, 72}, {128, 192}};
   for (const auto& [n, k] : shapes) {
-    const auto fits = [n = n, k = k](const Layout& layout) {
-      return (layout.packed == core::Axis::n ? n : k) % core::kCodesPerWord == 0;
-    };
     const auto q = Random(1).codes(n * k);
     auto dirty = q;
     for (auto& code : dirty) code |= 0x70;
-    for (const Layout& from : core::kLayouts) {
-      if (!fits(from)) continue;
-      CAPTURE(n, k, std::string(from.name));
-      const auto words = test::pack(from, q, n, k);
+    for (const auto& [from_name, from] : test::every_codes()) {
+      if (!core::can_hold(from, n, k)) continue;
+      CAPTURE(n, k, from_name);
+      const auto words = test::pack_bytes(from, q, n, k);
+      const auto size = static_cast<std::int64_t>(words.size());
 
-      Guarded<std::uint32_t> packed(n * k / 8), masked(n * k / 8);
+      Guarded<std::uint8_t> packed(size), masked(size);
       play_convert(cuda::ReadCodes{q.data()}, cuda::WriteWords{from, packed.data()}, n, k);
       CHECK((packed.values() == words && packed.guards_hold()));
       play_convert(cuda::ReadCodes{dirty.data()}, cuda::WriteWords{from, masked.data()}, n, k);
@@ -122,12 +121,13 @@ TEST_CASE("CUDA pack, unpack and repack equal core's") {
       play_convert(cuda::ReadWords{from, words.data()}, cuda::WriteCodes{codes.data()}, n, k);
       CHECK((codes.values() == q && codes.guards_hold()));
 
-      for (const Layout& to : core::kLayouts) {
-        if (!fits(to)) continue;
-        CAPTURE(std::string(to.name));
-        Guarded<std::uint32_t> target(n * k / 8);
+      for (const auto& [to_name, to] : test::every_codes()) {
+        if (!core::can_hold(to, n, k)) continue;
+        CAPTURE(to_name);
+        const auto expected = test::pack_bytes(to, q, n, k);
+        Guarded<std::uint8_t> target(static_cast<std::int64_t>(expected.size()));
         play_convert(cuda::ReadWords{from, words.data()}, cuda::WriteWords{to, target.data()}, n, k);
-        CHECK((target.values() == test::pack(to, q, n, k) && target.guards_hold()));
+        CHECK((target.values() == expected && target.guards_hold()));
       }
     }
   }

@@ -1,68 +1,103 @@
 #include <cstdint>
+#include <set>
+#include <string>
 #include <vector>
 
 #include "catch.hpp"
 #include "core/layout.h"
+#include "data.h"
 
 using namespace awq::core;
+using awq::test::every_codes;
 
 namespace {
 
-constexpr const Layout& gemm = *find_layout("gemm");
-constexpr const Layout& gemv = *find_layout("gemv");
-constexpr const Layout& gptq = *find_layout("gptq");
+const Codes& codes_of(std::string_view name) { return *find_codes(name); }
 
-constexpr bool same(WordShape shape, std::int64_t rows, std::int64_t cols) {
-  return shape.rows == rows && shape.cols == cols;
-}
+bool same(WordShape shape, std::int64_t rows, std::int64_t cols) { return shape.rows == rows && shape.cols == cols; }
 
-static_assert(find_layout("marlin") == nullptr && find_layout("") == nullptr && find_layout("GEMM") == nullptr);
-static_assert(same(word_shape(gemm, 64, 24), 24, 8));  // [k, n/8]
-static_assert(same(word_shape(gemv, 64, 24), 64, 3));  // [n, k/8]
-static_assert(same(word_shape(gptq, 64, 24), 3, 64));  // [k/8, n]
-static_assert(inverse(kNaturalOrder) == kNaturalOrder);
-static_assert(inverse(kAwqOrder) == std::array<std::uint8_t, 8>{0, 4, 1, 5, 2, 6, 3, 7});
-static_assert(locate(gemm, 16, 2, 9, 1).word == 3 && locate(gemm, 16, 2, 9, 1).nibble == 4);
-
-/// The index of the word's code (out-feature, in-feature) that nibble i of word (r, c) holds, as each format's own
-/// packing code puts it.
-CodeShape code_in_word(std::string_view layout, std::int64_t r, std::int64_t c, int i) {
-  constexpr int awq_order[8] = {0, 2, 4, 6, 1, 3, 5, 7};
-  if (layout == "gemm") return {8 * c + awq_order[i], r};  // AutoAWQ gemm.py: rows are in_features
-  if (layout == "gemv") return {r, 8 * c + i};             // AutoAWQ gemv.py: rows are out_features
-  return {c, 8 * r + i};                                   // AutoGPTQ: columns are out_features
+bool lies(std::string_view name, std::int64_t n, std::int64_t k, std::int64_t row, std::int64_t col, std::int64_t word,
+          int nibble) {
+  const CodePlace place = locate(codes_of(name), n, k, row, col);
+  return place.word == word && place.nibble == nibble;
 }
 
 }  // namespace
 
-TEST_CASE("locate agrees with every format's own formula, and code_shape with word_shape") {
-  for (const Layout& layout : kLayouts)
+TEST_CASE("shapes and single places are those of each format's own packing code") {
+  CHECK((find_layout("") == nullptr && find_layout("GEMM") == nullptr && find_layout("gemm.zeros") == nullptr));
+  CHECK((find_codes("marlin.zeros") == nullptr && find_codes("gemv_fast.zeros") == nullptr));
+  CHECK((find_codes(".zeros") == nullptr && find_codes("gemm.zeros.zeros") == nullptr));
+  CHECK((same(word_shape(codes_of("gemm"), 64, 24), 24, 8)));                   // [k, n/8]
+  CHECK((same(word_shape(codes_of("gemv"), 64, 24), 64, 3)));                   // [n, k/8]
+  CHECK((same(word_shape(codes_of("gptq"), 64, 24), 3, 64)));                   // [k/8, n]
+  CHECK((same(word_shape(codes_of("gemv_fast"), 64, 128), 16, 128)));           // [n/4, k]
+  CHECK((same(word_shape(codes_of("marlin"), 128, 48), 3, 256)));               // [k/16, 2n]
+  CHECK((same(word_shape(codes_of("compressed-tensors"), 5, 9), 5, 2)));        // [n, ceil(k/8)]
+  CHECK((same(word_shape(codes_of("compressed-tensors.zeros"), 9, 5), 2, 5)));  // [ceil(n/8), groups]
+  CHECK((same(word_shape(codes_of("gptq.zeros"), 64, 3), 3, 8)));               // [groups, n/8]
+  CHECK((inverse(kAwqOrder) == std::array<std::uint8_t, 8>{0, 4, 1, 5, 2, 6, 3, 7}));
+  CHECK((!can_hold(codes_of("gemm"), 12, 8) && can_hold(codes_of("gemm"), 8, 3)));
+  CHECK((!can_hold(codes_of("gemv_fast"), 4, 32) && can_hold(codes_of("compressed-tensors"), 3, 3)));
+
+  // Single codes, by each format's own packing code.
+  CHECK((lies("gemm", 16, 2, 9, 1, 3, 4)));       // AutoAWQ gemm.py: word [k, n/8], order 0 2 4 6 1 3 5 7
+  CHECK((lies("gemv", 16, 16, 9, 10, 19, 2)));    // AutoAWQ gemv.py: word [n, k/8]
+  CHECK((lies("gptq", 16, 16, 9, 10, 25, 2)));    // AutoGPTQ: word [k/8, n]
+  CHECK((lies("gemv_fast", 4, 64, 0, 8, 0, 1)));  // llm-awq qmodule.py: a word is k, k + 8, k + 16, k + 24
+  CHECK((lies("gemv_fast", 8, 128, 6, 64 + 32 + 3, 128 + 64 + 2 * 16 + 8 + 3, 0)));
+  CHECK((lies("marlin", 64, 16, 0, 8, 0, 1) && lies("marlin", 64, 16, 8, 0, 0, 2)));  // mma fragments
+  CHECK((lies("marlin", 64, 16, 0, 1, 0, 4) && lies("marlin", 64, 16, 1, 2, 17 * 1 + 3, 0)));
+
+  CHECK((padded_groups(32, 128) == 32 && padded_groups(64, 64) == 64 && padded_groups(1, 128) == 8));
+  CHECK((padded_groups(9, 64) == 16 && padded_groups(9, 32) == 32 && padded_groups(8, 16) == 0));
+  CHECK((marlin_scale(1, false) == 8 && marlin_scale(64 + 8, false) == 64 + 1));
+  CHECK((marlin_scale(2, true) == 8 && marlin_scale(32 + 9, true) == 32 + 3));
+}
+
+TEST_CASE("every code has a place of its own, and code_shape is the inverse of word_shape") {
+  for (const auto& [name, codes] : every_codes())
     for (const auto& [n, k] :
-         std::vector<std::pair<std::int64_t, std::int64_t>>{{8, 8}, {16, 40}, {72, 24}, {24, 64}}) {
-      const WordShape shape = word_shape(layout, n, k);
-      CAPTURE(std::string(layout.name), n, k);
-      REQUIRE(shape.rows * shape.cols * 8 == n * k);
-      const CodeShape codes = code_shape(layout, shape.rows, shape.cols);
-      CHECK((codes.n == n && codes.k == k));
-      std::vector<bool> seen(static_cast<std::size_t>(n * k));
-      for (std::int64_t r = 0; r < shape.rows; ++r)
-        for (std::int64_t c = 0; c < shape.cols; ++c)
-          for (int i = 0; i < 8; ++i) {
-            const CodeShape code = code_in_word(layout.name, r, c, i);
-            const CodePlace place = locate(layout, n, k, code.n, code.k);
-            REQUIRE((place.word == r * shape.cols + c && place.nibble == i));
-            seen[static_cast<std::size_t>(code.n * k + code.k)] = true;
-          }
-      for (const bool code_seen : seen) REQUIRE(code_seen);
+         std::vector<std::pair<std::int64_t, std::int64_t>>{{8, 8}, {16, 40}, {72, 24}, {24, 64}, {128, 128}, {5, 9}}) {
+      if (!can_hold(codes, n, k)) continue;
+      const WordShape shape = word_shape(codes, n, k);
+      CAPTURE(name, n, k);
+      const CodeShape most = code_shape(codes, shape.rows, shape.cols);
+      CHECK((most.n == ceil_div(n, codes.tile_n) * codes.tile_n && most.k == ceil_div(k, codes.tile_k) * codes.tile_k));
+      std::set<std::int64_t> seen;
+      for (std::int64_t row = 0; row < n; ++row)
+        for (std::int64_t col = 0; col < k; ++col) {
+          const CodePlace place = locate(codes, n, k, row, col);
+          REQUIRE((place.word >= 0 && place.word < shape.rows * shape.cols));
+          REQUIRE((place.nibble >= 0 && place.nibble < codes.codes_per_word()));
+          REQUIRE(seen.insert(place.word * codes.codes_per_word() + place.nibble).second);
+        }
+      if (codes.tile_words() > 1) {
+        const CodeShape none = code_shape(codes, shape.rows, shape.cols + 1);
+        CHECK((none.n == -1 && none.k == -1));
+      }
     }
 }
 
 TEST_CASE("the table is well formed") {
   for (const Layout& layout : kLayouts) {
+    CAPTURE(std::string(layout.name));
     CHECK(find_layout(layout.name) == &layout);
     CHECK(!layout.source.empty());
-    unsigned columns = 0;
-    for (const auto column : layout.order) columns |= 1u << column;
-    CHECK(columns == 0xffu);  // a permutation of 0..7
+    CHECK((!layout.weight_name.empty() && !layout.scales_name.empty()));
+    CHECK(layout.zeros_name.empty() == (layout.zeros == Zeros::none));
+  }
+  for (const auto& [name, codes] : every_codes()) {
+    CAPTURE(name);
+    CHECK(codes.tile_codes() % codes.codes_per_word() == 0);
+    CHECK((64 % codes.tile_n == 0 && 64 % codes.tile_k == 0));  // CUDA's conversions work on squares of 64
+  }
+}
+
+TEST_CASE("marlin's scales are a permutation of the channels") {
+  for (const bool one_group : {false, true}) {
+    std::set<std::int64_t> seen;
+    for (std::int64_t column = 0; column < 192; ++column) seen.insert(marlin_scale(column, one_group));
+    CHECK((seen.size() == 192 && *seen.begin() == 0 && *seen.rbegin() == 191));
   }
 }

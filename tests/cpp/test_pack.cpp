@@ -16,96 +16,133 @@ struct Shape {
   std::int64_t n, k;
 };
 
-// Around the tile of 64 x 16 words that packing moves at a time, and far from it; k = 1 and 3 are what zeros have.
-const std::vector<Shape> kShapes = {{8, 8},    {16, 8},    {8, 136}, {136, 8}, {64, 64}, {128, 520}, {520, 128},
-                                    {136, 72}, {200, 264}, {64, 1},  {576, 3}, {1, 64},  {5, 576}};
+// Around the tile of 128 x 128 codes that conversions go through, and far from it; k = 1 and 3 are what zeros have.
+const std::vector<Shape> kShapes = {{8, 8},     {16, 8},    {8, 136},   {136, 8}, {64, 64}, {128, 520},
+                                    {520, 128}, {136, 72},  {200, 264}, {64, 1},  {576, 3}, {1, 64},
+                                    {5, 576},   {131, 257}, {192, 192}, {4, 64}};
 
-bool fits(const Layout& layout, Shape shape) { return (layout.packed == Axis::n ? shape.n : shape.k) % 8 == 0; }
+std::uint32_t nibble_at(const Codes& codes, const std::vector<std::uint8_t>& words, CodePlace place) {
+  const std::int64_t nibble = place.word * codes.codes_per_word() + place.nibble;
+  return (words[static_cast<std::size_t>(nibble / 2)] >> (nibble % 2 * 4)) & 15u;
+}
 
-std::uint32_t nibble_at(const std::vector<std::uint32_t>& words, CodePlace place) {
-  return (words[static_cast<std::size_t>(place.word)] >> (4 * place.nibble)) & 15u;
+std::vector<std::uint8_t> unpack(const Codes& codes, const std::vector<std::uint8_t>& words, std::int64_t n,
+                                 std::int64_t k) {
+  std::vector<std::uint8_t> q(static_cast<std::size_t>(n * k), 255);
+  unpack_blocks(codes, words.data(), q.data(), n, k, 0, block_count(Axis::n, n, k));
+  return q;
 }
 
 }  // namespace
 
 TEST_CASE("every value at every place lands in the nibble that locate names, and nowhere else") {
-  constexpr std::int64_t n = 16, k = 24;
-  for (const Layout& layout : kLayouts) {
+  for (const auto& [name, codes] : test::every_codes()) {
+    const std::int64_t n = std::max(8, codes.tile_n), k = std::max(16, codes.tile_k);
     int wrong = 0;
     for (std::int64_t row = 0; row < n; ++row)
-      for (std::int64_t col = 0; col < k; ++col)
-        for (std::uint8_t value = 0; value < 16; ++value) {
-          std::vector<std::uint8_t> q(n * k);
-          q[static_cast<std::size_t>(row * k + col)] = value;
-          std::vector<std::uint32_t> expected(n * k / 8);
-          const CodePlace place = locate(layout, n, k, row, col);
-          expected[static_cast<std::size_t>(place.word)] = std::uint32_t{value} << (4 * place.nibble);
-          wrong += test::pack(layout, q, n, k) != expected;
-          std::vector<std::uint8_t> back(n * k, 255);
-          unpack_rows(layout, expected.data(), n, k, back.data(), 0, word_shape(layout, n, k).rows);
-          wrong += back != q;
-        }
-    CAPTURE(std::string(layout.name));
+      for (std::int64_t col = 0; col < k; ++col) {
+        const std::uint8_t value = static_cast<std::uint8_t>(1 + (row + 5 * col) % 15);
+        std::vector<std::uint8_t> q(static_cast<std::size_t>(n * k));
+        q[static_cast<std::size_t>(row * k + col)] = value;
+        std::vector<std::uint8_t> expected(static_cast<std::size_t>(n * k / 2));
+        const CodePlace place = locate(codes, n, k, row, col);
+        const std::int64_t nibble = place.word * codes.codes_per_word() + place.nibble;
+        expected[static_cast<std::size_t>(nibble / 2)] = static_cast<std::uint8_t>(value << (nibble % 2 * 4));
+        wrong += test::pack_bytes(codes, q, n, k) != expected;
+        wrong += unpack(codes, expected, n, k) != q;
+      }
+    CAPTURE(name);
     CHECK(wrong == 0);
   }
 }
 
-TEST_CASE("pack follows locate for every shape, and unpack is its inverse") {
+TEST_CASE("pack follows locate for every shape, unpack is its inverse, and padding is 0") {
   Random random(2);
-  for (const Layout& layout : kLayouts)
-    for (const Shape shape : kShapes) {
-      if (!fits(layout, shape)) continue;
-      const auto [n, k] = shape;
-      CAPTURE(std::string(layout.name), n, k);
+  for (const auto& [name, codes] : test::every_codes())
+    for (const auto [n, k] : kShapes) {
+      if (!can_hold(codes, n, k)) continue;
+      CAPTURE(name, n, k);
       const auto q = random.codes(n * k);
-      const auto words = test::pack(layout, q, n, k);
+      auto words = test::pack_bytes(codes, q, n, k);
       int wrong = 0;
       for (std::int64_t row = 0; row < n; ++row)
         for (std::int64_t col = 0; col < k; ++col)
-          wrong += nibble_at(words, locate(layout, n, k, row, col)) != q[static_cast<std::size_t>(row * k + col)];
+          wrong += nibble_at(codes, words, locate(codes, n, k, row, col)) != q[static_cast<std::size_t>(row * k + col)];
       CHECK(wrong == 0);
-      std::vector<std::uint8_t> back(q.size(), 255);
-      unpack_rows(layout, words.data(), n, k, back.data(), 0, word_shape(layout, n, k).rows);
+      CHECK(unpack(codes, words, n, k) == q);
+      const WordShape shape = word_shape(codes, n, k);
+      const CodeShape most = code_shape(codes, shape.rows, shape.cols);
+      for (std::int64_t row = 0; row < most.n; ++row)
+        for (std::int64_t col = 0; col < most.k; ++col)
+          if (row >= n || col >= k) CHECK(nibble_at(codes, words, locate(codes, most.n, most.k, row, col)) == 0);
+    }
+}
+
+TEST_CASE("repack is unpack and pack, whatever stands in the padding") {
+  Random random(6);
+  for (const auto& [from_name, from] : test::every_codes())
+    for (const auto& [to_name, to] : test::every_codes())
+      for (const auto [n, k] : kShapes) {
+        if (!can_hold(from, n, k) || !can_hold(to, n, k)) continue;
+        CAPTURE(from_name, to_name, n, k);
+        const auto q = random.codes(n * k);
+        auto words = test::pack_bytes(from, q, n, k);
+        const WordShape shape = word_shape(from, n, k);
+        const CodeShape most = code_shape(from, shape.rows, shape.cols);
+        for (std::int64_t row = 0; row < most.n; ++row)
+          for (std::int64_t col = 0; col < most.k; ++col)
+            if (row >= n || col >= k) {
+              const CodePlace place = locate(from, most.n, most.k, row, col);
+              const std::int64_t nibble = place.word * from.codes_per_word() + place.nibble;
+              words[static_cast<std::size_t>(nibble / 2)] |= static_cast<std::uint8_t>(15 << (nibble % 2 * 4));
+            }
+        const auto expected = test::pack_bytes(to, q, n, k);
+        std::vector<std::uint8_t> target(expected.size(), 0xa5);
+        repack_blocks(from, to, words.data(), target.data(), n, k, 0, block_count(to.outer, n, k));
+        CHECK(target == expected);
+      }
+}
+
+TEST_CASE("any split of the blocks gives the same words and codes, and each writes its own rows of words") {
+  Random random(3);
+  for (const auto& [name, codes] : test::every_codes())
+    for (const auto [n, k] : {Shape{320, 128}, Shape{128, 320}, Shape{320, 320}}) {
+      CAPTURE(name, n, k);
+      const auto q = random.codes(n * k);
+      const auto whole = test::pack_bytes(codes, q, n, k);
+      const std::int64_t blocks = block_count(codes.outer, n, k);
+      std::vector<std::uint8_t> words(whole.size(), 0xa5), moved = words, back(q.size(), 255);
+      for (std::int64_t block = blocks; block-- > 0;) {
+        const std::vector<std::uint8_t> before = words;
+        CHECK(pack_blocks(codes, q.data(), words.data(), n, k, block, block + 1));
+        repack_blocks(codes, codes, whole.data(), moved.data(), n, k, block, block + 1);
+        const std::int64_t row_bytes = word_shape(codes, n, k).cols * codes.word_bits / 8;
+        const int tile = codes.outer == Axis::n ? codes.tile_n : codes.tile_k;
+        for (std::size_t i = 0; i < words.size(); ++i)
+          if (const std::int64_t code = static_cast<std::int64_t>(i) / row_bytes * tile; code / kBlock != block)
+            REQUIRE(words[i] == before[i]);
+      }
+      for (std::int64_t block = 0; block < block_count(Axis::n, n, k); ++block)
+        unpack_blocks(codes, whole.data(), back.data(), n, k, block, block + 1);
+      CHECK(words == whole);
+      CHECK(moved == whole);
       CHECK(back == q);
     }
 }
 
-TEST_CASE("any split of the word rows gives the same words and codes") {
-  Random random(3);
-  for (const Layout& layout : kLayouts)
-    for (const Shape shape : kShapes) {
-      if (!fits(layout, shape)) continue;
-      const auto [n, k] = shape;
-      CAPTURE(std::string(layout.name), n, k);
-      const auto q = random.codes(n * k);
-      const auto whole = test::pack(layout, q, n, k);
-      const std::int64_t rows = word_shape(layout, n, k).rows;
-      for (const std::int64_t piece : {std::int64_t{1}, std::int64_t{7}, (rows + 1) / 2}) {
-        std::vector<std::uint32_t> words(whole.size(), 0xdeadbeefu);
-        std::vector<std::uint8_t> back(q.size(), 255);
-        for (std::int64_t begin = 0; begin < rows; begin += piece)
-          CHECK(pack_rows(layout, q.data(), n, k, words.data(), begin, std::min(begin + piece, rows)));
-        for (std::int64_t begin = 0; begin < rows; begin += piece)
-          unpack_rows(layout, words.data(), n, k, back.data(), begin, std::min(begin + piece, rows));
-        CHECK(words == whole);
-        CHECK(back == q);
-      }
-    }
-}
-
-TEST_CASE("a code above 15 is reported by the rows that hold it, and spoils no neighbour") {
-  constexpr std::int64_t n = 16, k = 16;
-  for (const Layout& layout : kLayouts) {
-    const WordShape shape = word_shape(layout, n, k);
-    for (std::int64_t place = 0; place < n * k; ++place) {
+TEST_CASE("a code above 15 is reported by the block that holds it, and spoils no neighbour") {
+  constexpr std::int64_t n = 256, k = 256;
+  for (const auto& [name, codes] : test::every_codes()) {
+    CAPTURE(name);
+    for (std::int64_t place = 0; place < n * k; place += 251) {
       std::vector<std::uint8_t> q(n * k, 3);
       q[static_cast<std::size_t>(place)] = static_cast<std::uint8_t>(5 | 16 << place % 4);
-      const std::int64_t bad_row = locate(layout, n, k, place / k, place % k).word / shape.cols;
-      std::vector<std::uint32_t> words(n * k / 8);
-      for (std::int64_t row = 0; row < shape.rows; ++row)
-        REQUIRE(pack_rows(layout, q.data(), n, k, words.data(), row, row + 1) == (row != bad_row));
+      const std::int64_t bad = (codes.outer == Axis::n ? place / k : place % k) / kBlock;
+      auto words = test::pack_bytes(codes, q, n, k);
+      for (std::int64_t block = 0; block < 2; ++block)
+        REQUIRE(pack_blocks(codes, q.data(), words.data(), n, k, block, block + 1) == (block != bad));
       q[static_cast<std::size_t>(place)] = 5;
-      REQUIRE(words == test::pack(layout, q, n, k));
+      REQUIRE(words == test::pack_bytes(codes, q, n, k));
     }
   }
 }
