@@ -16,8 +16,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from awq_ext.atomic import replace_directory
@@ -25,6 +23,7 @@ from awq_ext.errors import CheckpointError, UnsupportedModelError
 from awq_ext.format import FLOATS, INDEX, LEGACY_QUANT_FILES, SINGLE, Checkpoint, QuantConfig, check_scales, read_json
 from awq_ext.hub import resolve
 from awq_ext.linear import AwqLinear
+from awq_ext.storage import NAME_OF, Writer, bytes_of, write_order
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -300,7 +299,7 @@ def save_quantized(
             if tokenizer is not None:
                 tokenizer.save_pretrained(partial)
             Checkpoint.open(partial)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         raise CheckpointError(f"{out} could not be written, and is as it was before: {error}") from error
     return out
 
@@ -376,18 +375,15 @@ def _write_weights(path: Path, tensors: dict[str, Tensor], max_shard_size: int |
         tensors, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size
     )
     for file, names in split.filename_to_tensors.items():
-        shard = {name: _own_memory(tensors[name]) for name in names}
-        save_file(shard, path / file, metadata={"format": "pt"})
-        shutil.copymode(path / "config.json", path / file)  # safetensors gives no right to anybody else
+        kinds = {name: (NAME_OF[tensors[name].dtype], tuple(tensors[name].shape)) for name in names}
+        order = write_order(kinds)
+        # Without this remark transformers refuses the file.
+        with Writer(path / file, [(name, *kinds[name]) for name in order], {"format": "pt"}) as writer:
+            for name in order:
+                writer.write(name, bytes_of(tensors[name]))
     if split.is_sharded:
         weight_map = dict(sorted(split.tensor_to_filename.items()))
         _write_json(path / INDEX, {"metadata": split.metadata, "weight_map": weight_map})
-
-
-def _own_memory(tensor: Tensor) -> Tensor:
-    """Contiguous on the CPU, and no part of a larger storage: safetensors refuses those that overlap."""
-    tensor = tensor.cpu().contiguous()
-    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
 
 def _config_fields(model: PreTrainedModel, quant: QuantConfig) -> dict[str, Any]:

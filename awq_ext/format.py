@@ -7,28 +7,31 @@ Source: AutoAWQ ``awq/modules/linear/gemm.py`` (shapes), ``awq/models/_config.py
 
 from __future__ import annotations
 
-import json
 import os
 import re
+import sys
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from awq_ext.bounded_json import MAX_KEY, Scanner, loads
 from awq_ext.errors import CheckpointError
 from awq_ext.hub import resolve
 from awq_ext.linear import PACK, W_BIT, why_not
+from awq_ext.storage import TensorInfo, read_file, read_header
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 LEGACY_QUANT_FILES = ("quant_config.json", "quantize_config.json")
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}  # by safetensors' names
-MAX_JSON_BYTES = 100 * 2**20
+MAX_JSON_BYTES = 4 * 2**20  # of a file that is decoded as a whole
+MAX_INDEX_BYTES = 100 * 2**20
+MAX_INDEX_MEMORY = 60 * 2**20  # bytes of Python objects made of an index: enough for 250,000 tensors
 
 
 @dataclass(frozen=True)
@@ -104,15 +107,6 @@ class QuantConfig:
 
 
 @dataclass(frozen=True)
-class TensorInfo:
-    """A tensor as its file's header describes it: shape in elements, dtype in safetensors' spelling ("I32", "F16")."""
-
-    shard: str
-    shape: tuple[int, ...]
-    dtype: str
-
-
-@dataclass(frozen=True)
 class LinearInfo:
     """A quantized linear in a checkpoint; group_size is never -1 here."""
 
@@ -135,7 +129,6 @@ class Checkpoint:
     quant: QuantConfig
     linears: dict[str, LinearInfo]
     info: dict[str, TensorInfo]
-    _files: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def open(
@@ -167,19 +160,15 @@ class Checkpoint:
         return sorted({tensor.shard for tensor in self.info.values()})
 
     def get(self, name: str) -> Tensor:
-        """One tensor on the CPU, in its stored dtype. It may be a view of the file: copy it to keep it.
+        """One tensor on the CPU, in its stored dtype and memory of its own.
 
         Raises KeyError for an unknown name, CheckpointError if the data cannot be read or if the scales of a
         quantized linear are not all finite and non-zero.
         """
-        shard = self.info[name].shard
-        with _reading(self.path / shard):
-            if shard not in self._files:
-                self._files[shard] = safe_open(self.path / shard, framework="pt")
-            tensor: Tensor = self._files[shard].get_tensor(name)
+        tensor = self.info[name].read()
         linear, _, kind = name.rpartition(".")
         if kind == "scales" and linear in self.linears:
-            check_scales(f"{self.path / shard}: {name}", tensor)
+            check_scales(str(self.info[name]), tensor)
         return tensor
 
     def tensors(self, names: Iterable[str] | None = None) -> Iterator[tuple[str, Tensor]]:
@@ -197,51 +186,70 @@ def _inside(directory: Path, name: str) -> Path:
     allowed = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
     try:
         target = (directory / name).resolve()
-    except (OSError, RuntimeError) as error:  # a loop of links
+    except (OSError, RuntimeError, ValueError) as error:  # a loop of links; a name that no file can have
         raise CheckpointError(f"{directory / name} cannot be followed: {error}") from error
     if not any(target.is_relative_to(place) for place in allowed):
         raise CheckpointError(f"{directory / name} is a link to {target}, outside the checkpoint; copy the file here")
     return directory / name
 
 
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"duplicate key {next(key for key in keys if keys.count(key) > 1)!r}")
-    return result
-
-
 def read_json(path: Path, name: str) -> dict[str, Any] | None:
     """The object in path/name, or None if there is no such file."""
     file = _inside(path, name)
-    if not file.is_file():
+    if not os.path.lexists(file):
         return None
-    if file.stat().st_size > MAX_JSON_BYTES:
-        raise CheckpointError(f"{file} is {file.stat().st_size} bytes, more than the {MAX_JSON_BYTES} expected at most")
     try:
-        value = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=_no_duplicates)
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file} is not readable JSON: {error}") from error
+        value = loads(read_file(file, MAX_JSON_BYTES))
+    except (ValueError, RecursionError) as error:
+        raise error if isinstance(error, CheckpointError) else _not_json(file, error) from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{file} must hold a JSON object, got {type(value).__name__}")
     return value
 
 
+def _not_json(file: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(f"{file} is not readable JSON: {error}")
+
+
 def _read_weight_map(path: Path) -> dict[str, str] | None:
     """Tensor name -> file name from the index; None if there is no index."""
-    index = read_json(path, INDEX)
-    if index is None:
+    file = _inside(path, INDEX)
+    if not os.path.lexists(file):
         return None
-    weight_map = index.get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{path / INDEX} must hold a non-empty 'weight_map'")
-    for tensor, file in weight_map.items():
-        if not isinstance(file, str) or os.path.basename(file) != file or "\0" in file or "\\" in file:
-            raise CheckpointError(f"{path / INDEX}: {tensor} must be in a file of this directory, got {file!r}")
-        if not file.endswith(".safetensors"):
-            raise CheckpointError(f"{path / INDEX}: {tensor} must be in a .safetensors file, got {file!r}")
+    weight_map: dict[str, str] = {}
+    scanner, keys = Scanner(read_file(file, MAX_INDEX_BYTES)), set()
+    try:
+        for key in scanner.members():
+            if key in keys:
+                raise ValueError(f"duplicate key {key!r}")
+            keys.add(key)
+            if key == "weight_map":
+                _read_places(scanner, weight_map, file)
+            else:
+                scanner.value(MAX_JSON_BYTES)
+        scanner.end()
+    except (ValueError, RecursionError) as error:
+        raise error if isinstance(error, CheckpointError) else _not_json(file, error) from error
+    if not weight_map:
+        raise CheckpointError(f"{file} must hold a non-empty 'weight_map'")
     return weight_map
+
+
+def _read_places(scanner: Scanner, weight_map: dict[str, str], index: Path) -> None:
+    files: dict[str, str] = {}  # each name once in memory
+    memory = 0
+    for tensor in scanner.members():
+        file = scanner.value(MAX_KEY)
+        if not isinstance(file, str) or os.path.basename(file) != file or not file.isprintable() or "\\" in file:
+            raise CheckpointError(f"{index}: {tensor!r} must be in a file of this directory, got {file!r}")
+        if not file.endswith(".safetensors"):
+            raise CheckpointError(f"{index}: {tensor!r} must be in a .safetensors file, got {file!r}")
+        if tensor in weight_map:
+            raise ValueError(f"duplicate key {tensor!r}")
+        weight_map[tensor] = files.setdefault(file, file)
+        memory += 100 + sys.getsizeof(tensor)  # with its place in a dict that has to grow
+        if memory > MAX_INDEX_MEMORY:
+            raise CheckpointError(f"{index}: has more than {len(weight_map)} tensors, which is more than any model")
 
 
 def _find_single_file(path: Path) -> str:
@@ -263,20 +271,6 @@ def _find_single_file(path: Path) -> str:
     raise CheckpointError(f"{path} has no *.safetensors file, so the checkpoint is incomplete; get it again")
 
 
-@dataclass(frozen=True)
-class _reading:
-    """Turns the errors of reading a safetensors file into CheckpointError."""
-
-    file: Path
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, (SafetensorError, OSError, ValueError)) and not isinstance(error, CheckpointError):
-            raise CheckpointError(f"{self.file} is damaged or truncated ({error}); get the file again") from error
-
-
 def _read_headers(path: Path) -> dict[str, TensorInfo]:
     """Every tensor of the directory; the index and the files agree on where each one is."""
     weight_map = _read_weight_map(path)
@@ -284,18 +278,16 @@ def _read_headers(path: Path) -> dict[str, TensorInfo]:
     if SINGLE not in shards and (path / SINGLE).exists():
         raise CheckpointError(f"{path} has both {SINGLE} and {INDEX}, which does not mention it; remove the stale one")
     for shard in shards:
-        if not _inside(path, shard).is_file():
+        if not os.path.exists(_inside(path, shard)):
             raise CheckpointError(f"{path / shard} is missing, though {INDEX} refers to it; get the checkpoint again")
     info: dict[str, TensorInfo] = {}
     for shard in shards:
         file = path / shard
-        with _reading(file), safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 (not a dict)
-                if weight_map is not None and weight_map.get(name) != shard:
-                    there = weight_map.get(name, "nowhere")
-                    raise CheckpointError(f"{file}: holds {name}, which {INDEX} has in {there}")
-                part = tensors.get_slice(name)
-                info[name] = TensorInfo(shard, tuple(part.get_shape()), part.get_dtype())
+        tensors = read_header(file).tensors
+        for name in tensors:
+            if weight_map is not None and weight_map.get(name) != shard:
+                raise CheckpointError(f"{file}: holds {name}, which {INDEX} has in {weight_map.get(name, 'nowhere')}")
+        info |= tensors
     for name, shard in (weight_map or {}).items():
         if name not in info:
             raise CheckpointError(f"{path / shard}: has no {name}, which {INDEX} has there")

@@ -26,7 +26,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import awq_ext
-from awq_ext import AwqLinear, CheckpointError, UnsupportedModelError, atomic, load_quantized, save_quantized
+from awq_ext import AwqLinear, CheckpointError, UnsupportedModelError, atomic, load_quantized, save_quantized, storage
 from awq_ext import checkpoint as checkpoint_module
 from awq_ext.checkpoint import Checkpoint, QuantConfig, is_quantized, resolve
 
@@ -839,13 +839,14 @@ def test_failing_writes_leave_the_old_checkpoint(
 ) -> None:
     before, calls = contents(single), []
 
-    def save_one_then_fail(tensors: Any, file: Path, metadata: Any) -> None:
-        calls.append(file)
-        if len(calls) > 1:
-            raise error
-        save_file(tensors, file, metadata)
+    class OneThenFail(storage.Writer):
+        def __init__(self, file: Path, tensors: Any, metadata: Any) -> None:
+            calls.append(file)
+            if len(calls) > 1:
+                raise error
+            super().__init__(file, tensors, metadata)
 
-    monkeypatch.setattr(checkpoint_module, "save_file", save_one_then_fail)
+    monkeypatch.setattr(checkpoint_module, "Writer", OneThenFail)
     with pytest.raises(CheckpointError if isinstance(error, OSError) else KeyboardInterrupt):
         save_quantized(model, single, max_shard_size=200_000)
     assert len(calls) == 2 and contents(single) == before and not leftovers(single)
@@ -858,7 +859,7 @@ if sys.argv[2] == "limit":  # the kernel refuses to let a file grow further, as 
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 else:
-    checkpoint.save_file = lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGKILL)
+    checkpoint.Writer.write = lambda *args: os.kill(os.getpid(), signal.SIGKILL)
 try:
     awq_ext.save_quantized(model, sys.argv[1])
 except awq_ext.CheckpointError as error:
