@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from awq_ext import _library
+from awq_ext.layouts import Codes, find_codes, layouts
 
 _library.load()  # the package is importable without its libraries (see __init__), this module is not
 
 _ops = torch.ops.awq_ext
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 _OPTIONAL = ("qzeros", "bias", "range", "tie", "row_weight")
-_PACKED_ALONG_N = {"gemm": True, "gemv": False, "gptq": False}
 
 
 def linear(
@@ -143,10 +143,12 @@ def _quantize_fake(
 
 
 def pack(q: Tensor, *, layout: str = "gemm") -> Tensor:
-    """Codes q uint8 [n, k] (0..15) -> int32 words: ``gemm`` [k, n/8], ``gemv`` [n, k/8], ``gptq`` [k/8, n].
+    """Codes q uint8 [n, k] (0..15) -> the words of a layout, int32 or int16.
 
-    Zero points of ``gemm`` are packed by the same call: zeros [n, G] -> qzeros [G, n/8]. Bits above the lowest four
-    of a code raise RuntimeError on a CPU; on CUDA (no synchronisation) they are dropped.
+    ``layout`` is a name of :func:`awq_ext.layouts.layouts` for a weight (``gemm``: [k, n/8], ``gemv``: [n, k/8],
+    ``gptq``: [k/8, n], ``gemv_fast``: int16 [n/4, k] ...), or "<layout>.zeros" for its packed zeros, where q is zeros
+    [n, G]. Layouts that pad fill up with 0. Bits above the lowest four of a code raise RuntimeError on a CPU; on CUDA
+    (no synchronisation) they are dropped.
     """
     return _ops.pack(q, layout=layout)
 
@@ -155,11 +157,11 @@ def pack(q: Tensor, *, layout: str = "gemm") -> Tensor:
 def _pack_fake(q: Tensor, *, layout: str = "gemm") -> Tensor:
     _check_tensors("pack", q=q)
     _check(q.dtype == torch.uint8 and q.dim() == 2, "pack", "q", "[out_features, in_features] uint8", q)
-    return q.new_empty(_word_shape("pack", q.shape[0], q.shape[1], layout), dtype=torch.int32)
+    return _new_words("pack", q, q.shape[0], q.shape[1], layout)
 
 
 def unpack(qweight: Tensor, *, layout: str = "gemm") -> Tensor:
-    """int32 words of ``layout`` -> codes q uint8 [n, k]; the inverse of :func:`pack`."""
+    """Words of ``layout`` -> codes q uint8 [n, k], padding included; the inverse of :func:`pack`."""
     return _ops.unpack(qweight, layout=layout)
 
 
@@ -170,7 +172,7 @@ def _unpack_fake(qweight: Tensor, *, layout: str = "gemm") -> Tensor:
 
 
 def repack(qweight: Tensor, *, src: str, dst: str) -> Tensor:
-    """int32 words of layout ``src`` -> int32 words of layout ``dst``, holding the same codes."""
+    """Words of layout ``src`` -> words of layout ``dst``, holding the same codes; names as for :func:`pack`."""
     return _ops.repack(qweight, src=src, dst=dst)
 
 
@@ -178,7 +180,7 @@ def repack(qweight: Tensor, *, src: str, dst: str) -> Tensor:
 def _repack_fake(qweight: Tensor, *, src: str, dst: str) -> Tensor:
     _check_tensors("repack", qweight=qweight)
     n, k = _code_shape("repack", qweight, src)
-    return qweight.new_empty(_word_shape("repack", n, k, dst))
+    return _new_words("repack", qweight, n, k, dst)
 
 
 def search_scale(
@@ -358,34 +360,47 @@ def _check_gram(op: str, gram: Tensor, k: int) -> None:
     _check(gram_ok, op, "gram", f"[{k}, {k}] float32", gram)
 
 
-def _along_n(op: str, layout: str) -> bool:
+def _codes(op: str, layout: str) -> Codes:
+    codes = find_codes(layout)
     torch._check(
-        layout in _PACKED_ALONG_N,
-        lambda: f"awq_ext::{op}: unknown layout '{layout}', expected one of {', '.join(_PACKED_ALONG_N)}",
+        codes is not None,
+        lambda: (
+            f"awq_ext::{op}: unknown layout '{layout}', expected one of {', '.join(layouts())}, "
+            "or '<layout>.zeros' where zeros are packed"
+        ),
     )
-    return _PACKED_ALONG_N[layout]
+    assert codes is not None
+    return codes
 
 
-def _word_shape(op: str, n: int, k: int, layout: str) -> tuple[int, int]:
-    along = n if _along_n(op, layout) else k
+def _new_words(op: str, like: Tensor, n: int, k: int, layout: str) -> Tensor:
+    codes = _codes(op, layout)
     torch._check(
-        along % 8 == 0, lambda: f"awq_ext::{op}: layout '{layout}' packs eight a word, got {along}, not a multiple of 8"
+        codes.can_hold(n, k),
+        lambda: (
+            f"awq_ext::{op}: layout '{layout}' needs out_features that are a multiple of {codes.tile[0]} and in_features "
+            f"that are a multiple of {codes.tile[1]}, got {n} and {k}"
+        ),
     )
-    return {"gemm": (k, n // 8), "gemv": (n, k // 8), "gptq": (k // 8, n)}[layout]
+    return like.new_empty(codes.word_shape(n, k), dtype=codes.word_dtype)
 
 
 def _code_shape(op: str, words: Tensor, layout: str) -> tuple[int, int]:
-    _along_n(op, layout)
-    _check(words.dtype == torch.int32 and words.dim() == 2, op, "qweight", "a matrix of int32 words", words)
-    rows, cols = words.shape
-    return {"gemm": (8 * cols, rows), "gemv": (rows, 8 * cols), "gptq": (cols, 8 * rows)}[layout]
+    codes = _codes(op, layout)
+    name = str(codes.word_dtype).removeprefix("torch.")
+    _check(words.dtype == codes.word_dtype and words.dim() == 2, op, "qweight", f"a matrix of {name} words", words)
+    shape = codes.code_shape(words.shape[0], words.shape[1])
+    _check(shape is not None, op, "qweight", f"in columns of runs of {codes.tile_words} words", words)
+    assert shape is not None
+    return shape
 
 
 def _check_weight(
     op: str, qweight: Tensor, scales: Tensor, qzeros: Tensor | None, group_size: int, layout: str
 ) -> tuple[int, int]:
+    _codes(op, layout)  # an unknown name is told as such
     torch._check(
-        layout == "gemm" or layout not in _PACKED_ALONG_N,
+        layout == "gemm",
         lambda: f"awq_ext::{op}: layout '{layout}' is stored but not computed on; repack it to 'gemm' first",
     )
     n, k = _code_shape(op, qweight, layout)

@@ -53,6 +53,10 @@ def codes(n: int, k: int, seed: int = 0) -> Tensor:
     return torch.randint(0, 16, (n, k), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
 
 
+def words(rows: int, cols: int) -> Tensor:
+    return torch.zeros(rows, cols, dtype=torch.int32)
+
+
 def strided_views(t: Tensor) -> dict[str, Tensor]:
     """Tensors equal to the matrix t, laid out in memory in every way that a slice or a transpose can give."""
     rows, cols = t.shape
@@ -888,22 +892,30 @@ BAD_VALUES: list[tuple[str, dict[str, Any], str, str]] = [  # op, arguments, wha
         for dtype in (F64, torch.int32, torch.uint8, torch.complex64, torch.float8_e4m3fn)
     ],
     *[
-        (op, {"layout": layout}, f"unknown layout '{layout}', expected one of gemm, gemv, gptq", layout)
+        (op, {"layout": layout}, f"unknown layout '{layout}', expected one of gemm, gemv, gemv_fast", layout)
         for op in ("linear", "dequantize", "pack", "unpack")
-        for layout in ("", "GEMM", "marlin", "gemv_fast")
+        for layout in ("", "GEMM", "awq", "marlin.zeros", ".zeros")
     ],
     *[
         (op, {"layout": layout}, f"layout '{layout}' is stored but not computed on", "repack")
         for op in ("linear", "dequantize")
-        for layout in ("gemv", "gptq")
+        for layout in ("gemv", "gptq", "gemm.zeros")
     ],
-    ("repack", {"src": "marlin"}, "unknown layout 'marlin'", "gemm, gemv, gptq"),
-    ("repack", {"dst": "marlin"}, "unknown layout 'marlin'", "gemm, gemv, gptq"),
-    ("repack", {"qweight": torch.zeros(5, 2, dtype=torch.int32), "dst": "gemv"}, "layout 'gemv' packs eight", "got 5"),
-    ("repack", {"qweight": torch.zeros(5, 2, dtype=torch.int32), "src": "gemv", "dst": "gemm"}, "packs eight", "got 5"),
-    ("pack", {"q": codes(12, 32)}, "layout 'gemm' packs eight", "got 12"),
-    ("pack", {"q": codes(32, 12), "layout": "gemv"}, "layout 'gemv' packs eight", "got 12"),
-    ("pack", {"q": codes(32, 12), "layout": "gptq"}, "layout 'gptq' packs eight", "got 12"),
+    ("repack", {"src": "awq"}, "unknown layout 'awq'", "gemm, gemv, gemv_fast"),
+    ("repack", {"dst": "awq"}, "unknown layout 'awq'", "gemm, gemv, gemv_fast"),
+    ("repack", {"qweight": words(5, 2), "dst": "gemv"}, "layout 'gemv' needs", "multiple of 8, got 16 and 5"),
+    ("repack", {"qweight": words(5, 2), "src": "gemv", "dst": "gemm"}, "layout 'gemm' needs", "got 5 and 16"),
+    ("repack", {"qweight": words(2, 100), "src": "marlin", "dst": "gemm"}, "qweight must", "runs of 128 words"),
+    (
+        "repack",
+        {"qweight": words(2, 64), "src": "gemv_fast", "dst": "gemm"},
+        "qweight must be a matrix of int16",
+        "got",
+    ),
+    ("pack", {"q": codes(12, 32)}, "layout 'gemm' needs", "got 12"),
+    ("pack", {"q": codes(32, 12), "layout": "gemv"}, "layout 'gemv' needs", "got 32 and 12"),
+    ("pack", {"q": codes(32, 12), "layout": "gptq"}, "layout 'gptq' needs", "got 32 and 12"),
+    ("pack", {"q": codes(32, 32), "layout": "gemv_fast"}, "multiple of 64", "got 32 and 32"),
     *[
         (op, {"grid": grid}, "grid must be", f"got {grid}")
         for op in ("search_scale", "search_clip")

@@ -170,6 +170,8 @@ PYBIND11_MODULE(_native, m) {
       "list of (n, k) in a tile.");
   m.def("marlin_scales", &marlin_scales, py::arg("n"), py::arg("one_group"),
         "The output channel whose scale stands in each of the n columns of a marlin layout's scales.");
+  m.def("padded_groups", &awq::core::padded_groups, py::arg("groups"), py::arg("group_size"),
+        "The groups that scales and zeros have room for where a layout pads them; 0 for a group_size below 32.");
   m.attr("BLOCK") = awq::core::kBlock;
   m.def("repack", &repack, py::arg("source"), py::arg("target"), py::arg("src"), py::arg("dst"), py::arg("n"),
         py::arg("k"), py::arg("begin") = 0, py::arg("end") = -1,

@@ -1,0 +1,286 @@
+"""The layouts of 4-bit checkpoints: the table of ``csrc/core/layout.h`` for Python, and a linear's tensors by it.
+
+n = out_features, k = in_features, g = group size, G = k / g. Every layout stores, for each linear, codes q [n, k] and
+zeros z [n, G] (0..15) and scales s [n, G]; the weight is ``(q - z) * s``. ``docs/formats.md`` describes them for people.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from awq_ext import _library
+from awq_ext.errors import CheckpointError
+
+Axis = Literal["out_features", "in_features"]
+
+FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}  # of scales, by safetensors' names
+SYMMETRIC_ZERO = 8
+# How far -scaled_zero / scale may be from a whole number: both are rounded, to bfloat16 at worst, so that the quotient
+# is off by a relative 2^-8, and zeros end at 15.
+WHOLE = 15 / 2**8
+
+
+@dataclass(frozen=True)
+class Codes:
+    """How a matrix of codes [n, k] lies in words; see ``Codes`` in the table. ``name`` is what operators call it."""
+
+    name: str
+    tile: tuple[int, int]
+    order: list[tuple[int, int]] = field(repr=False)
+    outer: Axis
+    word_bits: int
+    padded: bool
+
+    @property
+    def word_dtype(self) -> torch.dtype:
+        return torch.int16 if self.word_bits == 16 else torch.int32
+
+    @property
+    def tile_words(self) -> int:
+        return self.tile[0] * self.tile[1] * 4 // self.word_bits
+
+    def can_hold(self, n: int, k: int) -> bool:
+        return self.padded or (n % self.tile[0] == 0 and k % self.tile[1] == 0)
+
+    def word_shape(self, n: int, k: int) -> tuple[int, int]:
+        """Shape of the words of codes [n, k]."""
+        down, across = -(-n // self.tile[0]), -(-k // self.tile[1])
+        if self.outer == "out_features":
+            return down, across * self.tile_words
+        return across, down * self.tile_words
+
+    def code_shape(self, rows: int, cols: int) -> tuple[int, int] | None:
+        """The largest (n, k) whose words have this shape; None if none have."""
+        if cols % self.tile_words:
+            return None
+        tiles = cols // self.tile_words
+        if self.outer == "out_features":
+            return rows * self.tile[0], tiles * self.tile[1]
+        return tiles * self.tile[0], rows * self.tile[1]
+
+
+@dataclass(frozen=True)
+class Expected:
+    """Shape and possible dtypes (safetensors' names) of a stored tensor."""
+
+    shape: tuple[int, ...]
+    dtypes: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"{list(self.shape)} {' or '.join(self.dtypes)}"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One entry of the table, field by field, and what follows from it."""
+
+    name: str
+    weight: Codes
+    zeros: Literal["none", "words", "words_less_one", "scaled"]
+    zero_words: Codes | None
+    zeros_optional: bool
+    scales_outer: Axis
+    groups_padded: bool
+    scales_permuted: bool
+    weight_name: str
+    zeros_name: str
+    scales_name: str
+    extra_name: str
+    source: str
+
+    def why_not(self, n: int, k: int, g: int) -> str | None:
+        """Why this layout cannot hold a linear of n out_features and k in_features in groups of g; None if it can."""
+        if k % g:
+            return f"in_features {k} is not a multiple of group_size {g}"
+        if not self.weight.can_hold(n, k):
+            need_n, need_k = self.weight.tile
+            wrong = [f"out_features {n} is not a multiple of {need_n}"] if n % need_n else []
+            wrong += [f"in_features {k} is not a multiple of {need_k}"] if k % need_k else []
+            return f"{' and '.join(wrong)}, as layout {self.name} needs"
+        if self.zero_words is not None and not self.zero_words.can_hold(n, k // g):
+            return f"out_features {n} is not a multiple of {self.zero_words.tile[0]}, as zeros of {self.name} need"
+        if self.groups_padded and self.groups(k, g) == 0:
+            return f"layout {self.name} is not defined for a group_size below 32, got {g}"
+        if self.scales_permuted and n % 64:
+            return f"out_features {n} is not a multiple of 64, as scales of layout {self.name} need"
+        return None
+
+    def groups(self, k: int, g: int) -> int:
+        """The groups that the stored scales have room for: k / g, or more where the layout pads."""
+        padded: int = _library.native().padded_groups(k // g, g) if self.groups_padded else k // g
+        return padded
+
+    def tensors(self, n: int, k: int, g: int, scales: tuple[str, ...] = tuple(FLOATS)) -> dict[str, Expected]:
+        """What is stored for a linear, by the last part of the name (the bias apart); ``scales`` are their dtypes."""
+        stored = self.groups(k, g)
+        matrix = (stored, n) if self.scales_outer == "in_features" else (n, stored)
+        found = {
+            self.weight_name: Expected(self.weight.word_shape(n, k), (f"I{self.weight.word_bits}",)),
+            self.scales_name: Expected(matrix, scales),
+        }
+        if self.zeros == "scaled":
+            found[self.zeros_name] = Expected(matrix, scales)
+        elif self.zero_words is not None:
+            found[self.zeros_name] = Expected(self.zero_words.word_shape(n, stored), ("I32",))
+        if self.extra_name == "g_idx":
+            found["g_idx"] = Expected((k,), ("I32", "I64"))
+        elif self.extra_name == "weight_shape":
+            found["weight_shape"] = Expected((2,), ("I64", "I32"))
+        return found
+
+    @property
+    def optional(self) -> frozenset[str]:
+        """Names that :meth:`tensors` has, but a linear need not."""
+        return frozenset(({self.zeros_name} if self.zeros_optional else set()) | {"g_idx"})
+
+
+@functools.cache
+def layouts() -> dict[str, Layout]:
+    """Every layout by its name. Raises LibraryError if ``_native`` is missing."""
+    table: dict[str, Layout] = {}
+    for entry in _library.native().layouts():
+        values = {f.name: entry[f.name] for f in fields(Layout)}
+        values["weight"] = _codes(entry["name"], entry["weight"])
+        if entry["zero_words"] is not None:
+            values["zero_words"] = _codes(entry["name"] + ".zeros", entry["zero_words"])
+        table[entry["name"]] = Layout(**values)
+    return table
+
+
+def _codes(name: str, entry: Mapping[str, Any]) -> Codes:
+    return Codes(name=name, **entry)
+
+
+@functools.cache
+def find_codes(name: str) -> Codes | None:
+    """What an operator means by ``name``: "<layout>" or "<layout>.zeros"; None if it knows no such name."""
+    layout = layouts().get(name.removesuffix(".zeros"))
+    if layout is None:
+        return None
+    return layout.zero_words if name.endswith(".zeros") else layout.weight
+
+
+# --- scales and zeros ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Groups:
+    """What a linear's groups have, whatever the layout: scales float [n, G], zeros uint8 [n, G] (0..15)."""
+
+    scales: Tensor
+    zeros: Tensor
+
+
+def read_groups(layout: Layout, stored: Mapping[str, Tensor], n: int, k: int, g: int, where: str) -> Groups:
+    """Scales and zeros of a linear from its stored tensors (as :meth:`Layout.tensors` says, by the name's last part).
+
+    Raises CheckpointError, beginning with ``where`` (the file and the linear), if a scale is 0 or not finite, if a
+    zero of GPTQ v1 is not within 0..15, or if a scaled zero is no whole number of scales within 0..15.
+    """
+    groups = k // g
+    matrix = stored[layout.scales_name]
+    scales = (matrix.t() if layout.scales_outer == "in_features" else matrix)[:, :groups]
+    if layout.scales_permuted:
+        straight = torch.empty_like(scales)
+        straight[_marlin_channels(n, groups == 1)] = scales
+        scales = straight
+    check_scales(f"{where}.{layout.scales_name}", scales)
+
+    packed = stored.get(layout.zeros_name)
+    if packed is None:
+        zeros = torch.full((n, groups), SYMMETRIC_ZERO, dtype=torch.uint8)
+    elif layout.zeros == "scaled":
+        zeros = _whole_zeros(packed[:groups].t(), scales, f"{where}.{layout.zeros_name}")
+    else:
+        zeros = torch.ops.awq_ext.unpack(packed, layout=f"{layout.name}.zeros")[:n, :groups]
+        if layout.zeros == "words_less_one":
+            _refuse(
+                zeros == 15,
+                f"{where}.{layout.zeros_name}",
+                "holds 15 at {place}, which is a zero of 16 or, where subtracting one from 0 has wrapped around, of 0 "
+                "(readers differ); take the model's gptq_v2 form, or quantize it again",
+            )
+            zeros = zeros + 1
+    return Groups(scales.contiguous(), zeros.contiguous())
+
+
+def write_groups(layout: Layout, groups: Groups, k: int, g: int, where: str) -> dict[str, Tensor]:
+    """The inverse of :func:`read_groups`: the tensors of scales and zeros, by the name's last part.
+
+    A scaled zero is ``-(s * z)`` in float32, rounded once to the dtype of scales. Raises CheckpointError, beginning
+    with ``where`` (the linear), for a zero that the layout cannot hold.
+    """
+    scales, zeros = groups.scales, groups.zeros
+    n, count = scales.shape
+    room = layout.groups(k, g)
+    matrix = scales[_marlin_channels(n, count == 1)] if layout.scales_permuted else scales
+    written = {layout.scales_name: _padded(matrix, room, layout)}
+    if layout.zeros == "none":
+        _refuse(
+            zeros != SYMMETRIC_ZERO,
+            where,
+            f"layout {layout.name} is symmetric: every zero must be {SYMMETRIC_ZERO}, got {{value}} at {{place}}; "
+            "choose a layout with zero points",
+            zeros,
+        )
+    elif layout.zeros == "scaled":
+        written[layout.zeros_name] = _padded((-(scales.float() * zeros)).to(scales.dtype), room, layout)
+    else:
+        if layout.zeros == "words_less_one":
+            _refuse(
+                zeros == 0,
+                where,
+                f"layout {layout.name} (v1) cannot store a zero point of 0, found at {{place}}; convert to gptq_v2",
+            )
+            zeros = zeros - 1
+        if layout.groups_padded:
+            zeros = torch.nn.functional.pad(zeros, (0, room - count))
+        written[layout.zeros_name] = torch.ops.awq_ext.pack(zeros, layout=f"{layout.name}.zeros")
+    return written
+
+
+def _padded(matrix: Tensor, room: int, layout: Layout) -> Tensor:
+    """[n, G] as it is stored: with zeros up to ``room`` groups, transposed if groups come first."""
+    matrix = torch.nn.functional.pad(matrix, (0, room - matrix.shape[1]))
+    return (matrix.t() if layout.scales_outer == "in_features" else matrix).contiguous()
+
+
+def _marlin_channels(n: int, one_group: bool) -> Tensor:
+    return torch.tensor(_library.native().marlin_scales(n, one_group))
+
+
+def _whole_zeros(scaled: Tensor, scales: Tensor, where: str) -> Tensor:
+    quotient = -scaled.float() / scales.float()
+    whole = quotient.round()
+    _refuse(
+        ~((quotient - whole).abs() <= WHOLE) | (whole < 0) | (whole > 15),
+        where,
+        "must be -(scale * zero) with a whole zero within 0..15, got a zero of {value} at {place}; the file is damaged",
+        quotient,
+    )
+    return whole.to(torch.uint8)
+
+
+def check_scales(where: str, scales: Tensor) -> None:
+    """Refuse scales [n, G] that are 0 or not finite."""
+    _refuse(
+        ~torch.isfinite(scales) | (scales == 0),
+        where,
+        "must be finite and not zero, got {value} at {place}; the checkpoint is damaged",
+        scales,
+    )
+
+
+def _refuse(bad: Tensor, where: str, text: str, values: Tensor | None = None) -> None:
+    """Raise CheckpointError for the first True of ``bad`` [n, G], with {place} and {value} filled in."""
+    if bad.any():
+        channel, group = bad.nonzero()[0].tolist()
+        value = None if values is None else values[channel, group].item()
+        place = f"group {group}, output channel {channel}"
+        raise CheckpointError(f"{where} {text.format(place=place, value=value)}")
