@@ -15,11 +15,13 @@ from typing import Any
 
 MAX_DEPTH = 64  # of arrays and objects in each other; the Python decoder's own limit depends on the caller's stack
 MAX_KEY = 1024  # bytes
-MAX_PARTS = 300_000  # strings, brackets and commas of one value: they cost 100 bytes of memory each at most
+MAX_PARTS = 500_000  # strings, brackets and commas of one value: they cost 100 bytes of memory each at most
 
 _SPACE = re.compile(rb"[ \t\n\r]*")
 _NO_STRUCTURE = re.compile(rb'[^"\[\]{},]*')
 # Rounds are limited because the matcher needs memory for each of them; a longer string is matched in several steps.
+_PLAIN_KEY = re.compile(rb'[ \t\n\r]*"([^"\\\x00-\x1f]*)"[ \t\n\r]*:')  # what most keys are, in one step
+_FLAT_OBJECT = re.compile(rb'\{[^{}"]*(?:"[^"\\]*"[^{}"]*){0,16}\}')  # what most values are, in one step
 _IN_STRING = re.compile(rb'[^"\\]*(?:\\.[^"\\]*){0,256}', re.DOTALL)
 
 
@@ -61,11 +63,16 @@ class Scanner:
             self.at += 1
             return
         while True:
-            if self._next() != b'"':
-                raise ValueError(f"expected a key in quotes {self._where()}")
-            key: str = self._decode(self._string_end(self.at), MAX_KEY, _DECODER)
-            self._take(b":")
-            yield key
+            plain = _PLAIN_KEY.match(self.text, self.at)
+            if plain is not None and plain.end(1) - plain.start(1) <= MAX_KEY:
+                self.at = plain.end()
+                yield plain[1].decode("utf-8")
+            else:
+                if self._next() != b'"':
+                    raise ValueError(f"expected a key in quotes {self._where()}")
+                key: str = self._decode(self._string_end(self.at), MAX_KEY, _DECODER)
+                self._take(b":")
+                yield key
             if self._take(b",}") == b"}":
                 return
 
@@ -81,6 +88,9 @@ class Scanner:
 
     def _value_end(self, most: int) -> int:
         """Where the value ends, if it is one; what is between its brackets is left to the decoder."""
+        flat = _FLAT_OBJECT.match(self.text, self.at)
+        if flat is not None:
+            return flat.end()
         text, at, depth = self.text, self.at, 0
         for _ in range(MAX_PARTS):
             at = _NO_STRUCTURE.match(text, at).end()  # type: ignore[union-attr]  # it matches always

@@ -56,13 +56,21 @@ DTYPES: dict[str, tuple[int, torch.dtype | None]] = {
 }
 NAME_OF = {dtype: name for name, (_, dtype) in DTYPES.items() if dtype is not None}
 
+# What is often found under the name of a safetensors file, by its first bytes.
+OTHER_FILES = {
+    b"version ": "a pointer of git-lfs to the real one; run 'git lfs pull' in its directory",
+    b"PK\3\4": "a zip file, perhaps a pickle of torch.save; awq_ext reads no pickles, because one can run any code",
+    b"\x80\2": "a pickle; awq_ext reads none, because one can run any code",
+    b"<": "a web page, perhaps an error message; get the file again",
+}
+
 METADATA = "__metadata__"
 MAX_HEADER_BYTES = 100_000_000  # the reference implementation's limit
 MAX_HEADER_MEMORY = 48 * 2**20  # bytes of Python objects made of one header: enough for 100,000 tensors
 MAX_METADATA_BYTES = 2**20
 MAX_ENTRY_BYTES = 4096
 MAX_DIMENSIONS = 64
-ENTRY_MEMORY = 400  # bytes of a TensorInfo with its shape and offsets, and of its place in a dict that has to grow
+ENTRY_MEMORY = 320  # bytes of a TensorInfo without name and dimensions, and of its place in a dict that has to grow
 
 
 @dataclass(frozen=True)
@@ -71,6 +79,12 @@ class Source:
 
     file: Path
     stamp: tuple[int, ...]
+
+    @classmethod
+    def of(cls, file: Path) -> Source:
+        """The file as it is now. Raises CheckpointError if it is not a regular file that can be opened."""
+        with _Reading(file) as reading:
+            return cls(file, reading.stamp)
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,6 +231,9 @@ def read_header(file: Path) -> Header:
         (length,) = struct.unpack("<Q", prefix)
         most = min(MAX_HEADER_BYTES, reading.size - 8)
         if length > most:
+            for beginning, what in OTHER_FILES.items():
+                if prefix.startswith(beginning):
+                    raise CheckpointError(f"{file} is no safetensors file, but {what}")
             raise CheckpointError(
                 f"{file} is damaged or truncated: the header has {length} bytes, expected {most} at most (the file has "
                 f"{reading.size}); get the file again"
@@ -270,8 +287,9 @@ def _parse_header(text: bytes | bytearray, source: Source) -> Header:
             raise ValueError(f"names of tensors must be printable, got {name!r}")
         if name in header.tensors:
             raise ValueError(f"{name} comes twice")
-        header.tensors[name] = _parse_entry(name, scanner.value(MAX_ENTRY_BYTES, _ENTRY), data, source)
-        memory += ENTRY_MEMORY + sys.getsizeof(name)
+        tensor = _parse_entry(name, scanner.value(MAX_ENTRY_BYTES, _ENTRY), data, source)
+        header.tensors[name] = tensor
+        memory += ENTRY_MEMORY + sys.getsizeof(name) + 40 * len(tensor.shape)
         if memory > MAX_HEADER_MEMORY:
             raise ValueError(f"more than {len(header.tensors)} tensors in one file; split it into shards")
     scanner.end()
