@@ -93,6 +93,10 @@ def test_hashes_are_of_the_bytes_in_a_file(layout: str, name: str) -> None:
         assert hashlib.sha256(as_numpy(tensor).tobytes()).hexdigest() == linear.case["tensors"][key]["sha256"], key
 
 
+def test_every_layout_of_the_table_has_its_vectors() -> None:
+    assert set(layouts()) == set(slow.LAYOUTS)
+
+
 # --- awq_ext --------------------------------------------------------------------------------------------------------
 
 
