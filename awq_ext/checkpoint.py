@@ -23,6 +23,7 @@ from awq_ext.errors import CheckpointError, UnsupportedModelError
 from awq_ext.format import FLOATS, INDEX, LEGACY_QUANT_FILES, SINGLE, Checkpoint, QuantConfig, check_scales, read_json
 from awq_ext.hub import resolve
 from awq_ext.linear import AwqLinear
+from awq_ext.scaled import ScaledActivation, insert_scaled_activations
 from awq_ext.storage import NAME_OF, Writer, bytes_of, write_order
 
 if TYPE_CHECKING:
@@ -34,6 +35,9 @@ SHARD_PATTERN = "model-?????-of-?????.safetensors"
 # Keys of config.json that would have transformers load or choose something else than a plain model of this type: its
 # own quantizers, code of the checkpoint, and (a remnant that transformers 4 writes) slow attention.
 NOT_FOR_BUILDING = ("quantization_config", "auto_map", "_attn_implementation_autoset")
+# Prefixes of tensors that transformers 5 has renamed, by model_type: (the older name, which all readers of files know
+# and transformers 5 still reads, the newer name).
+RENAMED = {"gpt_neox": ("embed_out.", "lm_head.")}
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 # What belongs to a tokenizer or processor, and is copied from the original model as it is.
@@ -68,9 +72,10 @@ def load_quantized(
     """Load an AutoAWQ ``gemm`` checkpoint as a transformers causal language model, in eval mode, on ``device``.
 
     The linears that have a ``qweight`` in the files become AwqLinear; their tensors keep their stored dtypes, since
-    rounding float16 scales to bfloat16 would change every weight. All other weights are cast to ``dtype``: float32,
-    float16 or bfloat16, None for the one that config.json names. The model is built without memory for its weights
-    and filled tensor by tensor. Code from the checkpoint is never run.
+    rounding float16 scales to bfloat16 would change every weight. The same holds for the activations that have
+    ``scales`` in the files and divide by them (:class:`awq_ext.scaled.ScaledActivation`). All other weights are cast
+    to ``dtype``: float32, float16 or bfloat16, None for the one that config.json names. The model is built without
+    memory for its weights and filled tensor by tensor. Code from the checkpoint is never run.
 
     Raises CheckpointError (see :meth:`Checkpoint.open`; also where tensors and model disagree, naming them),
     UnsupportedModelError if transformers has no such causal language model, ValueError for another dtype.
@@ -84,6 +89,7 @@ def load_quantized(
         raise ValueError(f"dtype must be float32, float16 or bfloat16, got {dtype}")
     model = _skeleton(checkpoint, dtype)
     _swap_linears(checkpoint, model)
+    insert_scaled_activations(checkpoint, model)
     _fill(checkpoint, model, torch.device(device), dtype)
     if read_json(checkpoint.path, "generation_config.json") is not None:
         from transformers import GenerationConfig
@@ -169,7 +175,9 @@ def _swap_linears(checkpoint: Checkpoint, model: nn.Module) -> None:
 
 def _fill(checkpoint: Checkpoint, model: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> None:
     """Give every parameter and persistent buffer its stored value on ``device``."""
-    state = model.state_dict(keep_vars=True)
+    tensors = model.state_dict(keep_vars=True)
+    in_model = {_name_in_files(checkpoint, name): name for name in tensors}
+    state = {name: tensors[there] for name, there in in_model.items()}
     names_of: dict[int, list[str]] = {}  # identity of a tensor -> all its names: tied weights have several
     for name, tensor in state.items():
         names_of.setdefault(id(tensor), []).append(name)
@@ -193,7 +201,7 @@ def _fill(checkpoint: Checkpoint, model: PreTrainedModel, device: torch.device, 
         value = stored.to(device, to, copy=True)
         first, held = filled.setdefault(id(target), (name, value))
         if first == name:
-            _assign(model, names_of[id(target)], value, target)
+            _assign(model, [in_model[name] for name in names_of[id(target)]], value, target)
         elif not torch.equal(held, value):
             raise CheckpointError(
                 f"{checkpoint.path}: config.json ties {name} to {first}, but their values differ; "
@@ -203,6 +211,17 @@ def _fill(checkpoint: Checkpoint, model: PreTrainedModel, device: torch.device, 
     left = [name for name, t in (*model.named_parameters(), *model.named_buffers()) if t.is_meta]
     if left:
         raise UnsupportedModelError(f"{type(model).__name__} keeps weights outside its state dict: {_some(left)}")
+
+
+def _name_in_files(checkpoint: Checkpoint, name: str) -> str:
+    """The name that the files have for a tensor of the model, where versions of transformers disagree."""
+    prefixes = RENAMED.get(str(checkpoint.config.get("model_type")), ())
+    for mine in prefixes:
+        for other in prefixes:
+            renamed = other + name.removeprefix(mine)
+            if name.startswith(mine) and name not in checkpoint.info and renamed in checkpoint.info:
+                return renamed
+    return name
 
 
 def _assign(model: nn.Module, names: list[str], value: Tensor, target: Tensor) -> None:
@@ -332,8 +351,8 @@ def _describe(model: PreTrainedModel) -> QuantConfig:
     linears = {name: module for name, module in model.named_modules() if isinstance(module, AwqLinear)}
     if not linears:
         raise UnsupportedModelError(f"{type(model).__name__} has no AwqLinear to write; quantize the model first")
-    for name, module in linears.items():
-        if not module.scales.is_meta:
+    for name, module in model.named_modules():
+        if isinstance(module, (AwqLinear, ScaledActivation)) and not module.scales.is_meta:
             check_scales(f"{name}.scales", module.scales)
     sizes = {module.group_size for module in linears.values()}
     if len(sizes) > 1 and any(module.group_size != module.in_features for module in linears.values()):
@@ -352,9 +371,11 @@ def _describe(model: PreTrainedModel) -> QuantConfig:
     )
 
 
-def _tensors_to_write(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict with each tied tensor once, under its first name."""
-    scales = {f"{name}.scales" for name, module in model.named_modules() if isinstance(module, AwqLinear)}
+def _tensors_to_write(model: PreTrainedModel) -> dict[str, Tensor]:
+    """The state dict with each tied tensor once, under its first name, which is the one that all versions read."""
+    older, newer = RENAMED.get(model.config.model_type, ("", ""))
+    with_scales = (AwqLinear, ScaledActivation)
+    scales = {f"{name}.scales" for name, module in model.named_modules() if isinstance(module, with_scales)}
     tensors: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, tensor in model.state_dict(keep_vars=True).items():
@@ -366,7 +387,7 @@ def _tensors_to_write(model: nn.Module) -> dict[str, Tensor]:
         tensor = tensor.detach()
         if name in scales and tensor.dtype == torch.float32 and torch.equal(tensor.half().float(), tensor):
             tensor = tensor.half()
-        tensors[name] = tensor
+        tensors[older + name.removeprefix(newer) if name.startswith(newer) else name] = tensor
     return tensors
 
 
@@ -402,9 +423,12 @@ def _config_fields(model: PreTrainedModel, quant: QuantConfig) -> dict[str, Any]
     rope = fields.get("rope_parameters")
     if isinstance(rope, dict) and "rope_theta" in rope:  # transformers 4 has these at the top
         apart = ("rope_theta", "partial_rotary_factor")
+        names = {"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"}
+        older = names if config.model_type == "gpt_neox" else {}
         for key in apart:
             if key in rope:
                 fields.setdefault(key, rope[key])
+                fields.setdefault(older.get(key, key), rope[key])
         if rope.get("rope_type", "default") != "default":
             fields.setdefault("rope_scaling", {key: value for key, value in rope.items() if key not in apart})
     return fields

@@ -314,6 +314,7 @@ def _inspect(args: argparse.Namespace) -> Output:
 
     checkpoint = Checkpoint.open(args.checkpoint)
     packed = {f"{name}.{part}" for name in checkpoint.linears for part in ("qweight", "qzeros", "scales", "bias")}
+    packed |= {f"{name}.scales" for name in checkpoint.activations}
     others = {name: tensor for name, tensor in checkpoint.info.items() if name not in packed}
     on_disk = sum((checkpoint.path / shard).stat().st_size for shard in checkpoint.shards)
     weights = sum(linear.in_features * linear.out_features for linear in checkpoint.linears.values())
@@ -336,6 +337,10 @@ def _inspect(args: argparse.Namespace) -> Output:
                 "bias": linear.bias,
             }
             for name, linear in sorted(checkpoint.linears.items(), key=lambda item: _natural(item[0]))
+        ],
+        "scaled_activations": [
+            {"name": name, "features": features}
+            for name, features in sorted(checkpoint.activations.items(), key=lambda item: _natural(item[0]))
         ],
         "not_quantized": [
             {"name": name, "shape": list(tensor.shape), "dtype": tensor.dtype}
@@ -368,6 +373,8 @@ def _inspect(args: argparse.Namespace) -> Output:
         f"{on_disk / 1e6:.1f} MB on disk, {in_float16 / 1e6:.1f} MB in float16: "
         f"{in_float16 / on_disk:.2f} times smaller; {len(checkpoint.linears)} linears quantized"
     )
+    for (name, features), number in Counter((_pattern(n), f) for n, f in checkpoint.activations.items()).items():
+        head += f"\n{number} activations divided by {features} stored scales each: {name}"
     return Output(data, [head, quantized, kept])
 
 

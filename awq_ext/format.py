@@ -155,6 +155,15 @@ class Checkpoint:
         return cls(path, config, quant, _read_linears(path, quant, info), info)
 
     @property
+    def activations(self) -> dict[str, int]:
+        """The activations whose output is divided by stored scales (:mod:`awq_ext.scaled`): full name -> features."""
+        return {
+            name.removesuffix(".scales"): tensor.shape[0]
+            for name, tensor in self.info.items()
+            if name.endswith(".scales") and name.removesuffix(".scales") not in self.linears
+        }
+
+    @property
     def shards(self) -> list[str]:
         """Names of the safetensors files, in reading order."""
         return sorted({tensor.shard for tensor in self.info.values()})
@@ -163,11 +172,10 @@ class Checkpoint:
         """One tensor on the CPU, in its stored dtype and memory of its own.
 
         Raises KeyError for an unknown name, CheckpointError if the data cannot be read or if the scales of a
-        quantized linear are not all finite and non-zero.
+        quantized linear or an activation are not all finite and non-zero.
         """
         tensor = self.info[name].read()
-        linear, _, kind = name.rpartition(".")
-        if kind == "scales" and linear in self.linears:
+        if name.endswith(".scales"):
             check_scales(str(self.info[name]), tensor)
         return tensor
 
@@ -311,11 +319,6 @@ def _refuse_other_layouts(path: Path, info: dict[str, TensorInfo]) -> None:
             raise refuse("GPTQ", name)
         if kind == "scaled_zeros" or (kind == "qweight" and tensor.dtype == "I16"):
             raise refuse("gemv_fast", name)
-        if kind == "scales" and linear.endswith(".act"):
-            raise CheckpointError(
-                f"{path}: {name} belongs to a ScaledActivation (AutoAWQ's way with bloom, mpt, falcon, gpt_bigcode, "
-                "gpt_neox, gptj, starcoder2), which awq_ext does not read"
-            )
         if kind != "qweight":
             continue
         # Shapes of qweight, scales and qzeros; what is no matrix is left to the checks of the gemm layout.
@@ -374,6 +377,9 @@ def _read_linears(path: Path, quant: QuantConfig, info: dict[str, TensorInfo]) -
     for name, tensor in info.items():
         linear, _, kind = name.rpartition(".")
         if kind in ("scales", "qzeros") and f"{linear}.qweight" not in info:
+            if kind == "scales" and len(tensor.shape) == 1:  # an activation's: see awq_ext.scaled
+                expect(name, tensor.shape, tuple(FLOATS))
+                continue
             raise CheckpointError(f"{path / tensor.shard}: has {name}, but there is no {linear}.qweight")
         if kind != "qweight":
             continue
@@ -402,8 +408,9 @@ def _read_linears(path: Path, quant: QuantConfig, info: dict[str, TensorInfo]) -
 def check_scales(where: str, scales: Tensor) -> None:
     bad = ~torch.isfinite(scales) | (scales == 0)
     if bad.any():
-        group, channel = bad.nonzero()[0].tolist()
+        *group, channel = bad.nonzero()[0].tolist()  # an activation's scales have no groups
+        place = f"group {group[0]}, output channel {channel}" if group else f"channel {channel}"
         raise CheckpointError(
-            f"{where} must be finite and not zero, got {scales[group, channel].item()} at group {group}, output "
-            f"channel {channel}; the checkpoint is damaged"
+            f"{where} must be finite and not zero, got {scales[(*group, channel)].item()} at {place}; "
+            "the checkpoint is damaged"
         )

@@ -685,7 +685,7 @@ SINGLE: dict[str, tuple[Callable[[Path], object], str]] = {
     "long qweight": (put(f"{LAYER}.qweight", torch.ones(128, 32, dtype=torch.int64)), r"got \[128, 32\] I64"),
     "empty qweight": (put(f"{LAYER}.qweight", torch.ones(0, 0, dtype=torch.int32)), "qweight|in_features 0"),
     "wrong bias": (put(f"{LAYER}.bias", torch.ones(255)), r"bias must be \[256\] .*, got \[255\] F32"),
-    "scaled activation": (put("model.layers.0.mlp.act.scales", torch.ones(256)), "ScaledActivation"),
+    "scaled activation": (put("model.layers.0.mlp.act.scales", torch.ones(256)), "no module of that name"),
     "llm-awq": (put(f"{LAYER}.scaled_zeros", torch.ones(8, 256)), "this is a gemv_fast checkpoint"),
     "marlin": (tensor_edit(to_marlin), "this is a marlin checkpoint"),
     "gptq without g_idx": (tensor_edit(to_gptq_without_g_idx), "this is a GPTQ checkpoint"),
