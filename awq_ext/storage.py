@@ -344,8 +344,8 @@ class Writer:
     """Writes a new safetensors file front to back: the header at once, then the tensors' bytes as they come.
 
     ``tensors`` are (name, dtype as in :data:`DTYPES`, shape) in the order in which :meth:`write` will get their data.
-    Leaving it as a context manager closes the file, and after a normal end checks that all was written. What a failure
-    leaves on the disk is not readable as a safetensors file.
+    Leaving it as a context manager closes the file, and after a normal end checks that all was written. A file
+    that is not complete is not readable as a safetensors file.
 
     Raises CheckpointError for what :func:`read_header` would refuse and for data that is too much, too little or out of
     order; OSError where the system cannot write, or if the file exists.
