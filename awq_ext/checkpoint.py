@@ -1,4 +1,4 @@
-"""Load an AutoAWQ ``gemm`` checkpoint into a transformers model, and write one.
+"""Load a quantized checkpoint into a transformers model, and write one in AutoAWQ's ``gemm`` layout.
 
 The format itself, and the checks on what is read, are in :mod:`awq_ext.format`.
 """
@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,10 +20,13 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from torch import Tensor, nn
 
 from awq_ext.atomic import replace_directory
+from awq_ext.config import QuantConfig
 from awq_ext.errors import CheckpointError, UnsupportedModelError
-from awq_ext.format import FLOATS, INDEX, LEGACY_QUANT_FILES, SINGLE, Checkpoint, QuantConfig, check_scales, read_json
+from awq_ext.format import INDEX, LEGACY_QUANT_FILES, SINGLE, Checkpoint, read_json
 from awq_ext.hub import resolve
+from awq_ext.layouts import FLOATS, check_scales, layouts
 from awq_ext.linear import AwqLinear
+from awq_ext.relayout import Converted
 from awq_ext.scaled import ScaledActivation, insert_scaled_activations
 from awq_ext.storage import NAME_OF, Writer, bytes_of, write_order
 
@@ -69,9 +73,11 @@ def load_quantized(
     cache_dir: str | os.PathLike[str] | None = None,
     local_files_only: bool = False,
 ) -> PreTrainedModel:
-    """Load an AutoAWQ ``gemm`` checkpoint as a transformers causal language model, in eval mode, on ``device``.
+    """Load a quantized checkpoint as a transformers causal language model, in eval mode, on ``device``.
 
-    The linears that have a ``qweight`` in the files become AwqLinear; their tensors keep their stored dtypes, since
+    The checkpoint may be in any layout of :func:`awq_ext.layouts.layouts`; the tensors tell which. The linears that are
+    quantized in the files become AwqLinear, in whose layout (``gemm``) their words are brought; codes, zeros and scales
+    are those of the files. Scales and biases keep their stored dtypes, since
     rounding float16 scales to bfloat16 would change every weight. The same holds for the activations that have
     ``scales`` in the files and divide by them (:class:`awq_ext.scaled.ScaledActivation`). All other weights are cast
     to ``dtype``: float32, float16 or bfloat16, None for the one that config.json names. The model is built without
@@ -80,9 +86,8 @@ def load_quantized(
     Raises CheckpointError (see :meth:`Checkpoint.open`; also where tensors and model disagree, naming them),
     UnsupportedModelError if transformers has no such causal language model, ValueError for another dtype.
     """
-    checkpoint = Checkpoint.open(
-        path_or_repo, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only
-    )
+    stored = Checkpoint.open(path_or_repo, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only)
+    checkpoint = Converted(stored, layouts()["gemm"])  # the layout that AwqLinear has
     if dtype is None:
         dtype = _stored_dtype(checkpoint)
     if dtype not in DTYPES.values():
@@ -98,12 +103,12 @@ def load_quantized(
             model.generation_config = GenerationConfig.from_pretrained(checkpoint.path)
         except Exception as error:  # whatever a wrong value leads to
             raise CheckpointError(f"{checkpoint.path / 'generation_config.json'} is not valid: {error}") from error
-    model.config.quantization_config = checkpoint.quant.to_dict()
+    model.config.quantization_config = replace(stored.quant, version="gemm", zero_point=True).to_dict()
     model.eval()
     return model
 
 
-def _stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
+def _stored_dtype(checkpoint: Converted) -> torch.dtype:
     """The dtype that config.json names, else that of the largest weight that is not quantized."""
     for fields in _text_fields(checkpoint.config):
         name = fields.get("dtype") or fields.get("torch_dtype")
@@ -119,7 +124,7 @@ def _text_fields(config: dict[str, Any]) -> list[dict[str, Any]]:
     return [fields for fields in (config, config.get("text_config")) if isinstance(fields, dict)]
 
 
-def _skeleton(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
+def _skeleton(checkpoint: Converted, dtype: torch.dtype) -> PreTrainedModel:
     """The model with parameters on the meta device and real buffers (rotary frequencies are in no file)."""
     try:
         from accelerate import init_empty_weights
@@ -154,7 +159,7 @@ def _skeleton(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
     return model
 
 
-def _swap_linears(checkpoint: Checkpoint, model: nn.Module) -> None:
+def _swap_linears(checkpoint: Converted, model: nn.Module) -> None:
     modules = dict(model.named_modules())
     for name, linear in checkpoint.linears.items():
         module = modules.get(name)
@@ -173,7 +178,7 @@ def _swap_linears(checkpoint: Checkpoint, model: nn.Module) -> None:
         setattr(modules[parent], child, AwqLinear(*expected, bias=bias, group_size=linear.group_size, device="meta"))
 
 
-def _fill(checkpoint: Checkpoint, model: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> None:
+def _fill(checkpoint: Converted, model: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> None:
     """Give every parameter and persistent buffer its stored value on ``device``."""
     tensors = model.state_dict(keep_vars=True)
     in_model = {_name_in_files(checkpoint, name): name for name in tensors}
@@ -213,7 +218,7 @@ def _fill(checkpoint: Checkpoint, model: PreTrainedModel, device: torch.device, 
         raise UnsupportedModelError(f"{type(model).__name__} keeps weights outside its state dict: {_some(left)}")
 
 
-def _name_in_files(checkpoint: Checkpoint, name: str) -> str:
+def _name_in_files(checkpoint: Converted, name: str) -> str:
     """The name that the files have for a tensor of the model, where versions of transformers disagree."""
     prefixes = RENAMED.get(str(checkpoint.config.get("model_type")), ())
     for mine in prefixes:
@@ -232,9 +237,7 @@ def _assign(model: nn.Module, names: list[str], value: Tensor, target: Tensor) -
         setattr(model.get_submodule(parent), child, tensor)
 
 
-def _match(
-    checkpoint: Checkpoint, model: PreTrainedModel, state: dict[str, Tensor], tied: list[list[str]]
-) -> list[str]:
+def _match(checkpoint: Converted, model: PreTrainedModel, state: dict[str, Tensor], tied: list[list[str]]) -> list[str]:
     """The stored names to load; raises CheckpointError unless files and model agree on names, shapes and types."""
     missing = [names[0] for names in tied if not any(name in checkpoint.info for name in names)]
     if missing:
@@ -307,7 +310,7 @@ def save_quantized(
                 f"{out} needs {needed / 1e9:.2f} GB (an existing checkpoint is replaced only once the new one is "
                 f"complete), but {out.parent} has {free / 1e9:.2f} GB free"
             )
-        with replace_directory(out, is_stale=_is_weight_file) as partial:
+        with replace_directory(out, is_stale=is_weight_file) as partial:
             _write_json(partial / "config.json", _config_fields(model, quant))
             if model.can_generate():
                 model.generation_config.to_json_file(partial / "generation_config.json")
@@ -323,7 +326,7 @@ def save_quantized(
     return out
 
 
-def _is_weight_file(name: str) -> bool:
+def is_weight_file(name: str) -> bool:
     return name in (SINGLE, INDEX, *LEGACY_QUANT_FILES) or fnmatch.fnmatch(name, SHARD_PATTERN)
 
 
@@ -353,7 +356,7 @@ def _describe(model: PreTrainedModel) -> QuantConfig:
         raise UnsupportedModelError(f"{type(model).__name__} has no AwqLinear to write; quantize the model first")
     for name, module in model.named_modules():
         if isinstance(module, (AwqLinear, ScaledActivation)) and not module.scales.is_meta:
-            check_scales(f"{name}.scales", module.scales)
+            check_scales(f"{name}.scales", module.scales.t())
     sizes = {module.group_size for module in linears.values()}
     if len(sizes) > 1 and any(module.group_size != module.in_features for module in linears.values()):
         raise CheckpointError(f"a checkpoint has one group size for all its linears, the model has {sorted(sizes)}")

@@ -1,9 +1,4 @@
-"""What an AutoAWQ ``gemm`` checkpoint is: its configuration, its files, and every check on them before use.
-
-A quantized linear of n = out_features, k = in_features and G = k / group_size is stored as ``<name>.qweight`` int32
-[k, n/8], ``<name>.qzeros`` int32 [G, n/8], ``<name>.scales`` float [G, n] and, if it has one, ``<name>.bias`` [n].
-Source: AutoAWQ ``awq/modules/linear/gemm.py`` (shapes), ``awq/models/_config.py`` (config keys).
-"""
+"""A quantized checkpoint directory: its files, which layout it is in, and every check on it before use."""
 
 from __future__ import annotations
 
@@ -11,7 +6,8 @@ import os
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,91 +15,19 @@ import torch
 from torch import Tensor
 
 from awq_ext.bounded_json import MAX_KEY, Scanner, loads
+from awq_ext.config import QuantConfig
 from awq_ext.errors import CheckpointError
 from awq_ext.hub import resolve
-from awq_ext.linear import PACK, W_BIT, why_not
+from awq_ext.layouts import FLOATS, Groups, Layout, check_scales, detect, layouts, read_groups, used_groups
 from awq_ext.storage import TensorInfo, read_file, read_header
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 LEGACY_QUANT_FILES = ("quant_config.json", "quantize_config.json")
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
-FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}  # by safetensors' names
 MAX_JSON_BYTES = 4 * 2**20  # of a file that is decoded as a whole
 MAX_INDEX_BYTES = 100 * 2**20
 MAX_INDEX_MEMORY = 60 * 2**20  # bytes of Python objects made of an index: enough for 250,000 tensors
-
-
-@dataclass(frozen=True)
-class QuantConfig:
-    """The ``quantization_config`` of a checkpoint.
-
-    ``group_size`` -1 means one group over all of in_features. ``modules_to_not_convert`` are substrings of the full
-    names of linears that are not quantized; they inform other readers, this one goes by the tensors present.
-    """
-
-    group_size: int = 128
-    bits: int = W_BIT
-    zero_point: bool = True
-    version: str = "gemm"
-    modules_to_not_convert: tuple[str, ...] = ()
-
-    @classmethod
-    def from_dict(cls, d: Mapping[str, Any], where: str) -> QuantConfig:
-        """Read AutoAWQ's keys and their synonyms in other writers' files; unknown keys are ignored.
-
-        Synonyms: bits | w_bit, group_size | q_group_size, version | format | checkpoint_format, zero_point | not sym.
-        What is missing or null has the default. Raises CheckpointError, which names ``where`` and the key.
-        """
-
-        def first(*keys: str) -> tuple[str, Any]:
-            return next(((key, d[key]) for key in keys if d.get(key) is not None), (keys[0], None))
-
-        def fail(key: str, expected: str, got: object) -> CheckpointError:
-            return CheckpointError(f"{where}: '{key}' must be {expected}, got {got!r}")
-
-        key, bits = first("bits", "w_bit")
-        if bits is not None and (type(bits) is not int or bits != W_BIT):
-            raise fail(key, f"{W_BIT} (the only width that awq_ext computes with)", bits)
-
-        key, group_size = first("group_size", "q_group_size")
-        if group_size is None:
-            group_size = cls.group_size
-        elif type(group_size) is not int or (group_size < 1 and group_size != -1):
-            raise fail(key, "a positive integer, or -1 for one group over in_features", group_size)
-
-        key, zero_point = first("zero_point", "sym")
-        if zero_point is None:
-            zero_point = cls.zero_point
-        elif not isinstance(zero_point, bool):
-            raise fail(key, "true or false", zero_point)
-        elif key == "sym":
-            zero_point = not zero_point
-
-        key, version = first("version", "format", "checkpoint_format")
-        if version is None:
-            version = cls.version
-        elif not isinstance(version, str):
-            raise fail(key, "a string", version)
-
-        key, skipped = first("modules_to_not_convert")
-        if skipped is None:
-            skipped = ()
-        elif not isinstance(skipped, (list, tuple)) or not all(isinstance(name, str) for name in skipped):
-            raise fail(key, "a list of strings", skipped)
-
-        return cls(group_size, W_BIT, zero_point, version.lower(), tuple(skipped))
-
-    def to_dict(self) -> dict[str, Any]:
-        """AutoAWQ's ``quantization_config``, as it stands in config.json."""
-        return {
-            "quant_method": "awq",
-            "bits": self.bits,
-            "group_size": self.group_size,
-            "zero_point": self.zero_point,
-            "version": self.version,
-            "modules_to_not_convert": list(self.modules_to_not_convert) or None,
-        }
 
 
 @dataclass(frozen=True)
@@ -118,15 +42,16 @@ class LinearInfo:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An AutoAWQ ``gemm`` checkpoint directory whose every header, name, shape and type has been checked.
+    """A quantized checkpoint directory, in any layout, whose every header, name, shape and type has been checked.
 
     ``config`` is config.json as it is; ``info`` has every stored tensor, ``linears`` every quantized linear by its
-    full name. Tensor data is read by :meth:`get` and :meth:`tensors` only.
+    full name; all of them are in ``layout``. Tensor data is read by the methods only.
     """
 
     path: Path
     config: dict[str, Any]
     quant: QuantConfig
+    layout: Layout
     linears: dict[str, LinearInfo]
     info: dict[str, TensorInfo]
 
@@ -143,18 +68,23 @@ class Checkpoint:
 
         Reads JSON files and safetensors headers, no weights. Raises CheckpointError, naming file, tensor, what was
         expected and what was got, if the directory is incomplete or damaged, refers to files outside itself, holds
-        pickles only, is of another layout (gemv, gemv_fast, marlin, GPTQ, compressed-tensors), or contradicts itself.
+        pickles only, is in no layout of :func:`awq_ext.layouts.layouts` or in several, or contradicts itself.
         """
         path = resolve(path_or_repo, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only)
         config = read_json(path, "config.json")
         if config is None:
             raise CheckpointError(f"{path} has no config.json, so it is not a model directory, or not a complete one")
-        info = _read_headers(path)
-        _refuse_other_layouts(path, info)
-        quant = _read_quant_config(path, config, info)
-        return cls(path, config, quant, _read_linears(path, quant, info), info)
+        return cls.from_headers(path, config, _read_headers(path))
 
-    @property
+    @classmethod
+    def from_headers(cls, path: Path, config: dict[str, Any], info: dict[str, TensorInfo]) -> Checkpoint:
+        """The same from what has been read already: a config.json and the headers of tensors. ``path`` is for
+        messages, and where a quantization config is looked for that config.json does not have."""
+        quant = _read_quant_config(path, config, info)
+        layout, linears = _read_linears(path, quant, info)
+        return cls(path, config, replace(quant, version=layout.name), layout, linears, info)
+
+    @cached_property
     def activations(self) -> dict[str, int]:
         """The activations whose output is divided by stored scales (:mod:`awq_ext.scaled`): full name -> features."""
         return {
@@ -175,9 +105,50 @@ class Checkpoint:
         quantized linear or an activation are not all finite and non-zero.
         """
         tensor = self.info[name].read()
-        if name.endswith(".scales"):
+        owner, _, kind = name.rpartition(".")
+        if owner in self.linears and kind == self.layout.scales_name:
+            linear = self.linears[owner]
+            used = used_groups(self.layout, tensor, linear.in_features // linear.group_size)
+            check_scales(str(self.info[name]), used)
+        elif owner in self.activations:
             check_scales(str(self.info[name]), tensor)
         return tensor
+
+    def groups(self, linear: str) -> Groups:
+        """Scales and zeros of a quantized linear, whatever the layout.
+
+        Raises CheckpointError where :func:`awq_ext.layouts.read_groups` does, and for a ``g_idx`` that is not in order
+        of in_features (GPTQ's act-order), which no AWQ layout can hold.
+        """
+        found, layout = self.linears[linear], self.layout
+        n, k, g = found.out_features, found.in_features, found.group_size
+        where = str(self.info[f"{linear}.{layout.scales_name}"]).removesuffix(f".{layout.scales_name}")
+        if f"{linear}.g_idx" in self.info:
+            order = self.info[f"{linear}.g_idx"].read()
+            if not torch.equal(order.long(), torch.arange(k) // g):
+                raise CheckpointError(
+                    f"{where}.g_idx is in act-order (desc_act): its groups are not {g} neighbouring in_features each, "
+                    "so only GPTQ's own layout can hold it; take a version of the model without act-order"
+                )
+        names = [name for name in (layout.scales_name, layout.zeros_name) if f"{linear}.{name}" in self.info]
+        stored = {name: self.info[f"{linear}.{name}"].read() for name in names}
+        return read_groups(layout, stored, n, k, g, where)
+
+    def weight(self, linear: str) -> Tensor:
+        """The weight float32 [n, k] of a quantized linear as its own layout defines it, computed in float32.
+
+        That is ``(q - z) * s``, or ``q * s + scaled_zero`` where zeros are stored scaled. Raises as :meth:`groups`.
+        """
+        found, layout = self.linears[linear], self.layout
+        n, k, g = found.out_features, found.in_features, found.group_size
+        groups = self.groups(linear)
+        words = self.info[f"{linear}.{layout.weight_name}"].read()
+        q = torch.ops.awq_ext.unpack(words, layout=layout.name)[:n, :k].reshape(n, k // g, g)
+        scales = groups.scales.float()[..., None]
+        if layout.zeros == "scaled":
+            offset = used_groups(layout, self.info[f"{linear}.{layout.zeros_name}"].read(), k // g).float()
+            return (q.float() * scales + offset[..., None]).reshape(n, k)
+        return ((q.float() - groups.zeros.float()[..., None]) * scales).reshape(n, k)
 
     def tensors(self, names: Iterable[str] | None = None) -> Iterator[tuple[str, Tensor]]:
         """(name, tensor) of these names (None: all), shard by shard, as :meth:`get` gives them."""
@@ -185,7 +156,7 @@ class Checkpoint:
             yield name, self.get(name)
 
 
-def _inside(directory: Path, name: str) -> Path:
+def inside(directory: Path, name: str) -> Path:
     """directory / name, refused if a symlink leads out of the directory.
 
     The hub's cache is the exception: there ``snapshots/<revision>/<file>`` is a link into ``blobs``.
@@ -203,7 +174,7 @@ def _inside(directory: Path, name: str) -> Path:
 
 def read_json(path: Path, name: str) -> dict[str, Any] | None:
     """The object in path/name, or None if there is no such file."""
-    file = _inside(path, name)
+    file = inside(path, name)
     if not os.path.lexists(file):
         return None
     try:
@@ -221,7 +192,7 @@ def _not_json(file: Path, error: Exception) -> CheckpointError:
 
 def _read_weight_map(path: Path) -> dict[str, str] | None:
     """Tensor name -> file name from the index; None if there is no index."""
-    file = _inside(path, INDEX)
+    file = inside(path, INDEX)
     if not os.path.lexists(file):
         return None
     weight_map: dict[str, str] = {}
@@ -286,7 +257,7 @@ def _read_headers(path: Path) -> dict[str, TensorInfo]:
     if SINGLE not in shards and (path / SINGLE).exists():
         raise CheckpointError(f"{path} has both {SINGLE} and {INDEX}, which does not mention it; remove the stale one")
     for shard in shards:
-        if not os.path.exists(_inside(path, shard)):
+        if not os.path.exists(inside(path, shard)):
             raise CheckpointError(f"{path / shard} is missing, though {INDEX} refers to it; get the checkpoint again")
     info: dict[str, TensorInfo] = {}
     for shard in shards:
@@ -302,46 +273,13 @@ def _read_headers(path: Path) -> dict[str, TensorInfo]:
     return info
 
 
-def _refuse_other_layouts(path: Path, info: dict[str, TensorInfo]) -> None:
-    """Refuses, by name, what is not AutoAWQ's gemm layout, going by the tensors and never by the config."""
-
-    def refuse(layout: str, name: str) -> CheckpointError:
-        return CheckpointError(
-            f"{path}: this is a {layout} checkpoint (see {name}); awq_ext reads AutoAWQ's gemm layout. Take the "
-            "model's gemm version, or quantize the original model with awq_ext"
-        )
-
-    for name, tensor in info.items():
-        linear, _, kind = name.rpartition(".")
-        if kind == "weight_packed":
-            raise refuse("compressed-tensors", name)
-        if kind == "g_idx":
-            raise refuse("GPTQ", name)
-        if kind == "scaled_zeros" or (kind == "qweight" and tensor.dtype == "I16"):
-            raise refuse("gemv_fast", name)
-        if kind != "qweight":
-            continue
-        # Shapes of qweight, scales and qzeros; what is no matrix is left to the checks of the gemm layout.
-        matrices = [info[x].shape for x in (name, f"{linear}.scales", f"{linear}.qzeros") if x in info]
-        if not all(len(shape) == 2 for shape in matrices):
-            continue
-        if len(matrices) == 2 and f"{linear}.scales" in info and matrices[0][1] == 2 * matrices[1][1]:
-            raise refuse("marlin", name)
-        if len(matrices) == 3:
-            (rows, columns), (scale_rows, scale_columns), (zero_rows, _) = matrices
-            if rows == scale_rows == zero_rows and columns * PACK != scale_columns:
-                raise refuse("gemv", name)
-            if columns == scale_columns:
-                raise refuse("GPTQ", name)
-
-
 def _read_quant_config(path: Path, config: dict[str, Any], info: dict[str, TensorInfo]) -> QuantConfig:
     fields, where = config.get("quantization_config"), f"{path / 'config.json'}: quantization_config"
     for name in LEGACY_QUANT_FILES:
         if fields is None:
             fields, where = read_json(path, name), str(path / name)
     if fields is None:
-        if any(name.endswith(".qweight") for name in info):
+        if any(name.endswith((".qweight", ".weight_packed")) for name in info):
             raise CheckpointError(
                 f"{path} has quantized weights, but neither config.json has a 'quantization_config' nor is there a "
                 f"{' or '.join(LEGACY_QUANT_FILES)}; get the checkpoint again"
@@ -351,66 +289,65 @@ def _read_quant_config(path: Path, config: dict[str, Any], info: dict[str, Tenso
         )
     if not isinstance(fields, dict):
         raise CheckpointError(f"{where} must be an object, got {fields!r}")
-    method = fields.get("quant_method")
-    if method is not None and method not in ("awq", "auto-round"):  # auto-round also writes AutoAWQ's layout
-        raise CheckpointError(f"{where}: this is a {method!r} checkpoint; awq_ext reads quant_method 'awq'")
-    quant = QuantConfig.from_dict(fields, where)
-    if method == "awq" and quant.version != "gemm":
-        raise CheckpointError(f"{where}: 'version' is {quant.version!r}, but the tensors are in the gemm layout")
-    return quant
+    return QuantConfig.from_dict(fields, where)
 
 
-def _read_linears(path: Path, quant: QuantConfig, info: dict[str, TensorInfo]) -> dict[str, LinearInfo]:
-    """The quantized linears, from the shapes and types of their tensors."""
-
-    def expect(name: str, shape: tuple[int, ...], dtypes: tuple[str, ...]) -> None:
-        tensor = info.get(name)
-        expected = f"{list(shape)} {' or '.join(dtypes)}"
-        if tensor is None:
-            raise CheckpointError(f"{path}: {name} is missing, expected {expected}")
-        if tensor.shape != shape or tensor.dtype not in dtypes:
-            raise CheckpointError(
-                f"{path / tensor.shard}: {name} must be {expected}, got {list(tensor.shape)} {tensor.dtype}"
-            )
-
-    linears: dict[str, LinearInfo] = {}
+def _read_linears(path: Path, quant: QuantConfig, info: dict[str, TensorInfo]) -> tuple[Layout, dict[str, LinearInfo]]:
+    """The layout and the quantized linears, from the names, shapes and types of the tensors."""
+    table = layouts().values()
+    weights = {layout.weight_name for layout in table}
+    parts = weights.union(*((layout.zeros_name, layout.scales_name, layout.extra_name) for layout in table)) - {""}
+    owners: dict[str, dict[str, TensorInfo]] = {}  # of tensors that are named as parts of a quantized linear
     for name, tensor in info.items():
-        linear, _, kind = name.rpartition(".")
-        if kind in ("scales", "qzeros") and f"{linear}.qweight" not in info:
-            if kind == "scales" and len(tensor.shape) == 1:  # an activation's: see awq_ext.scaled
-                expect(name, tensor.shape, tuple(FLOATS))
-                continue
-            raise CheckpointError(f"{path / tensor.shard}: has {name}, but there is no {linear}.qweight")
-        if kind != "qweight":
-            continue
-        if len(tensor.shape) != 2 or tensor.dtype != "I32":
+        owner, _, part = name.rpartition(".")
+        if part in parts:
+            owners.setdefault(owner, {})[part] = tensor
+
+    found_layout: Layout | None = None
+    first = ""  # the linear that told it
+    linears: dict[str, LinearInfo] = {}
+    for owner, stored in owners.items():
+        part, tensor = next(iter(stored.items()))
+        if not weights & stored.keys():
+            if stored.keys() == {"scales"} and len(tensor.shape) == 1 and tensor.dtype in FLOATS:
+                continue  # an activation's: see awq_ext.scaled
             raise CheckpointError(
-                f"{path / tensor.shard}: {name} must be [in_features, out_features/{PACK}] I32, "
-                f"got {list(tensor.shape)} {tensor.dtype}"
+                f"{tensor}: there is no {' or '.join(f'{owner}.{weight}' for weight in sorted(weights))} with it"
             )
-        in_features, out_features = tensor.shape[0], tensor.shape[1] * PACK
-        group_size = in_features if quant.group_size == -1 else quant.group_size
-        reason = why_not(in_features, out_features, group_size)
-        if reason is not None:
-            raise CheckpointError(f"{path / tensor.shard}: {linear}: {reason} (group_size of the quantization config)")
-        groups = in_features // group_size
-        expect(f"{linear}.scales", (groups, out_features), tuple(FLOATS))
-        expect(f"{linear}.qzeros", (groups, out_features // PACK), ("I32",))
-        bias = f"{linear}.bias" in info
-        if bias:
-            expect(f"{linear}.bias", (out_features,), tuple(FLOATS))
-        linears[linear] = LinearInfo(in_features, out_features, group_size, bias)
-    if not linears:
-        raise CheckpointError(f"{path} has a quantization config, but no tensor called *.qweight")
-    return linears
-
-
-def check_scales(where: str, scales: Tensor) -> None:
-    bad = ~torch.isfinite(scales) | (scales == 0)
-    if bad.any():
-        *group, channel = bad.nonzero()[0].tolist()  # an activation's scales have no groups
-        place = f"group {group[0]}, output channel {channel}" if group else f"channel {channel}"
+        found = detect(stored, quant.group_size, quant.version, _stored_shape(stored))
+        if found.problems:
+            weight = stored[found.layout.weight_name]
+            raise CheckpointError(f"{path / weight.shard}: {owner}.{found.problems[0]} (layout {found.layout.name})")
+        if not quant.allows(found.layout.name):
+            raise CheckpointError(
+                f"{path}: the quantization config says {quant.version!r}, but {owner} is in the layout "
+                f"{found.layout.name}; correct the config if the tensors are right"
+            )
+        if found_layout is not None and found.layout is not found_layout:
+            raise CheckpointError(
+                f"{path}: {owner} is in the layout {found.layout.name}, but {first} in {found_layout.name}; a "
+                "checkpoint must have one layout for all its linears"
+            )
+        found_layout, first = found_layout or found.layout, first or owner
+        bias = info.get(f"{owner}.bias")
+        if bias is not None and (bias.shape != (found.n,) or bias.dtype not in FLOATS):
+            raise CheckpointError(
+                f"{bias} must be [{found.n}] {' or '.join(FLOATS)}, got {list(bias.shape)} {bias.dtype}"
+            )
+        linears[owner] = LinearInfo(found.k, found.n, found.g, bias is not None)
+    if found_layout is None:
         raise CheckpointError(
-            f"{where} must be finite and not zero, got {scales[(*group, channel)].item()} at {place}; "
-            "the checkpoint is damaged"
+            f"{path} has a quantization config, but no tensor called {' or '.join(f'*.{w}' for w in sorted(weights))}"
         )
+    return found_layout, linears
+
+
+def _stored_shape(stored: Mapping[str, TensorInfo]) -> tuple[int, int] | None:
+    """The out_features and in_features that a weight_shape tensor holds."""
+    tensor = stored.get("weight_shape")
+    if tensor is None or tensor.shape != (2,) or tensor.dtype not in ("I64", "I32"):
+        return None
+    n, k = tensor.read().tolist()
+    if not (0 < n < 2**31 and 0 < k < 2**31):
+        raise CheckpointError(f"{tensor} must hold out_features and in_features, got {n} and {k}")
+    return n, k

@@ -1,7 +1,7 @@
 """The layouts of 4-bit checkpoints: the table of ``csrc/core/layout.h`` for Python, and a linear's tensors by it.
 
 n = out_features, k = in_features, g = group size, G = k / g. Every layout stores, for each linear, codes q [n, k] and
-zeros z [n, G] (0..15) and scales s [n, G]; the weight is ``(q - z) * s``. ``docs/formats.md`` describes them for people.
+zeros z [n, G] (0..15) and scales s [n, G]; the weight is ``(q - z) * s``. For people: ``docs/formats.md``.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -21,9 +21,9 @@ Axis = Literal["out_features", "in_features"]
 
 FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}  # of scales, by safetensors' names
 SYMMETRIC_ZERO = 8
-# How far -scaled_zero / scale may be from a whole number: both are rounded, to bfloat16 at worst, so that the quotient
-# is off by a relative 2^-8, and zeros end at 15.
-WHOLE = 15 / 2**8
+# How far -scaled_zero / scale may be from a whole number up to 15: once rounded, the scaled zero is off by half a unit
+# in the last place. Twice that leaves room for a file whose scales and scaled zeros were cast apart.
+WHOLE = {torch.float16: 15 / 2**10, torch.bfloat16: 15 / 2**7, torch.float32: 15 / 2**23}
 
 
 @dataclass(frozen=True)
@@ -184,8 +184,7 @@ def read_groups(layout: Layout, stored: Mapping[str, Tensor], n: int, k: int, g:
     zero of GPTQ v1 is not within 0..15, or if a scaled zero is no whole number of scales within 0..15.
     """
     groups = k // g
-    matrix = stored[layout.scales_name]
-    scales = (matrix.t() if layout.scales_outer == "in_features" else matrix)[:, :groups]
+    scales = used_groups(layout, stored[layout.scales_name], groups)
     if layout.scales_permuted:
         straight = torch.empty_like(scales)
         straight[_marlin_channels(n, groups == 1)] = scales
@@ -196,7 +195,7 @@ def read_groups(layout: Layout, stored: Mapping[str, Tensor], n: int, k: int, g:
     if packed is None:
         zeros = torch.full((n, groups), SYMMETRIC_ZERO, dtype=torch.uint8)
     elif layout.zeros == "scaled":
-        zeros = _whole_zeros(packed[:groups].t(), scales, f"{where}.{layout.zeros_name}")
+        zeros = _whole_zeros(used_groups(layout, packed, groups), scales, f"{where}.{layout.zeros_name}")
     else:
         zeros = torch.ops.awq_ext.unpack(packed, layout=f"{layout.name}.zeros")[:n, :groups]
         if layout.zeros == "words_less_one":
@@ -208,6 +207,11 @@ def read_groups(layout: Layout, stored: Mapping[str, Tensor], n: int, k: int, g:
             )
             zeros = zeros + 1
     return Groups(scales.contiguous(), zeros.contiguous())
+
+
+def used_groups(layout: Layout, matrix: Tensor, groups: int) -> Tensor:
+    """The stored scales (or scaled zeros) as [n, G], a view without padding; permuted columns stay permuted."""
+    return (matrix.t() if layout.scales_outer == "in_features" else matrix)[:, :groups]
 
 
 def write_groups(layout: Layout, groups: Groups, k: int, g: int, where: str) -> dict[str, Tensor]:
@@ -224,18 +228,24 @@ def write_groups(layout: Layout, groups: Groups, k: int, g: int, where: str) -> 
     if layout.zeros == "none":
         _refuse(
             zeros != SYMMETRIC_ZERO,
-            where,
+            f"{where}:",
             f"layout {layout.name} is symmetric: every zero must be {SYMMETRIC_ZERO}, got {{value}} at {{place}}; "
             "choose a layout with zero points",
             zeros,
         )
     elif layout.zeros == "scaled":
-        written[layout.zeros_name] = _padded((-(scales.float() * zeros)).to(scales.dtype), room, layout)
+        scaled = (-(scales.float() * zeros)).to(scales.dtype)
+        _refuse(
+            ~torch.isfinite(scaled),
+            f"{where}:",
+            f"layout {layout.name} cannot store -(scale * zero) at {{place}}, which is too large for the type of scales",
+        )
+        written[layout.zeros_name] = _padded(scaled, room, layout)
     else:
         if layout.zeros == "words_less_one":
             _refuse(
                 zeros == 0,
-                where,
+                f"{where}:",
                 f"layout {layout.name} (v1) cannot store a zero point of 0, found at {{place}}; convert to gptq_v2",
             )
             zeros = zeros - 1
@@ -259,7 +269,7 @@ def _whole_zeros(scaled: Tensor, scales: Tensor, where: str) -> Tensor:
     quotient = -scaled.float() / scales.float()
     whole = quotient.round()
     _refuse(
-        ~((quotient - whole).abs() <= WHOLE) | (whole < 0) | (whole > 15),
+        ~((quotient - whole).abs() <= WHOLE[scaled.dtype]) | (whole < 0) | (whole > 15),
         where,
         "must be -(scale * zero) with a whole zero within 0..15, got a zero of {value} at {place}; the file is damaged",
         quotient,
@@ -268,7 +278,7 @@ def _whole_zeros(scaled: Tensor, scales: Tensor, where: str) -> Tensor:
 
 
 def check_scales(where: str, scales: Tensor) -> None:
-    """Refuse scales [n, G] that are 0 or not finite."""
+    """Refuse scales, [n, G] of a linear or [features] of an activation, that are 0 or not finite."""
     _refuse(
         ~torch.isfinite(scales) | (scales == 0),
         where,
@@ -278,9 +288,80 @@ def check_scales(where: str, scales: Tensor) -> None:
 
 
 def _refuse(bad: Tensor, where: str, text: str, values: Tensor | None = None) -> None:
-    """Raise CheckpointError for the first True of ``bad`` [n, G], with {place} and {value} filled in."""
+    """Raise CheckpointError for the first True of ``bad``, with {place} and {value} filled in."""
     if bad.any():
-        channel, group = bad.nonzero()[0].tolist()
-        value = None if values is None else values[channel, group].item()
-        place = f"group {group}, output channel {channel}"
+        first = tuple(bad.nonzero()[0].tolist())
+        value = None if values is None else values[first].item()
+        place = f"channel {first[0]}" if len(first) == 1 else f"group {first[1]}, output channel {first[0]}"
         raise CheckpointError(f"{where} {text.format(place=place, value=value)}")
+
+
+# --- detection -------------------------------------------------------------------------------------------------------
+
+
+class Stored(Protocol):
+    """What a header says about a tensor."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def dtype(self) -> str: ...
+
+
+@dataclass(frozen=True)
+class Found:
+    """A layout that a linear's tensors may be in, its shape as they have it, and what contradicts (nothing: it is).
+
+    ``fits`` is False if already the weight has no shape that the layout can hold; then n, k and g may be 0.
+    """
+
+    layout: Layout
+    n: int
+    k: int
+    g: int
+    problems: tuple[str, ...]
+    fits: bool = True
+
+
+def detect(
+    stored: Mapping[str, Stored], group_size: int, hint: str | None = None, shape: tuple[int, int] | None = None
+) -> Found:
+    """Tell a linear's layout by the names, types and shapes of its tensors, never by a name in a config alone.
+
+    ``stored`` has the linear's tensors by the last part of their names, one of them being the weight_name of a layout;
+    ``group_size`` is what the config says (-1: one group over in_features), ``shape`` the (n, k) in a weight_shape
+    tensor. Only GPTQ v1 and v2, which have the same tensors, are told apart by ``hint``, the config's name of the
+    layout. Where no layout fits, the answer is the one that comes nearest, ``hint`` first.
+    """
+    candidates = [layout for layout in layouts().values() if layout.weight_name in stored]
+    found = [_compare(layout, stored, group_size, shape) for layout in candidates]
+    return min(found, key=lambda f: (not f.fits, len(f.problems), f.layout.name != hint))
+
+
+def _compare(layout: Layout, stored: Mapping[str, Stored], group_size: int, shape: tuple[int, int] | None) -> Found:
+    words = stored[layout.weight_name].shape
+    own = layout.weight.code_shape(*words) if len(words) == 2 else None
+    if own is None or 0 in own:
+        problem = f"{layout.weight_name} must be a matrix of words, got {list(words)}"
+        return Found(layout, 0, 0, 0, (problem,), fits=False)
+    n, k = own
+    if layout.weight.padded and shape is not None and layout.weight.word_shape(*shape) == words:
+        n, k = shape
+    g = k if group_size == -1 else group_size
+    reason = layout.why_not(n, k, g)
+    if reason is not None:
+        problem = f"{layout.weight_name}: {reason} (group_size of the quantization config)"
+        return Found(layout, n, k, g, (problem,), fits=False)
+    expected = layout.tensors(n, k, g)
+    problems = [
+        f"{name} must be {tensor}, got {list(stored[name].shape)} {stored[name].dtype}"
+        for name, tensor in expected.items()
+        if name in stored and (stored[name].shape != tensor.shape or stored[name].dtype not in tensor.dtypes)
+    ]
+    missing = [name for name in expected if name not in stored and name not in layout.optional]
+    problems += [f"{name} is missing, expected {expected[name]}" for name in missing]
+    problems += [f"{name} does not belong to a linear of this layout" for name in stored if name not in expected]
+    if layout.zeros == "scaled" and not problems:
+        kinds = [stored[name].dtype for name in (layout.scales_name, layout.zeros_name)]
+        problems += [f"{layout.zeros_name} must be {kinds[0]} as scales, got {kinds[1]}"] if len({*kinds}) > 1 else []
+    return Found(layout, n, k, g, tuple(problems))

@@ -378,8 +378,8 @@ def _new_words(op: str, like: Tensor, n: int, k: int, layout: str) -> Tensor:
     torch._check(
         codes.can_hold(n, k),
         lambda: (
-            f"awq_ext::{op}: layout '{layout}' needs out_features that are a multiple of {codes.tile[0]} and in_features "
-            f"that are a multiple of {codes.tile[1]}, got {n} and {k}"
+            f"awq_ext::{op}: layout '{layout}' needs out_features that are a multiple of {codes.tile[0]} and "
+            f"in_features that are a multiple of {codes.tile[1]}, got {n} and {k}"
         ),
     )
     return like.new_empty(codes.word_shape(n, k), dtype=codes.word_dtype)

@@ -19,7 +19,7 @@ from awq_ext.linear import AwqLinear
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from awq_ext.format import Checkpoint
+    from awq_ext.relayout import Converted
 
 
 class ScaledActivation(nn.Module):
@@ -44,7 +44,7 @@ class ScaledActivation(nn.Module):
         return f"features={self.scales.numel()}"
 
 
-def insert_scaled_activations(checkpoint: "Checkpoint", model: "PreTrainedModel") -> None:
+def insert_scaled_activations(checkpoint: "Converted", model: "PreTrainedModel") -> None:
     """Wrap each activation of ``model`` that has scales in the files; the scales stay on the meta device.
 
     The linears that are quantized have to be AwqLinear already. Raises CheckpointError, naming the tensor, if the
