@@ -218,6 +218,8 @@ def _read_places(scanner: Scanner, weight_map: dict[str, str], index: Path) -> N
     files: dict[str, str] = {}  # each name once in memory
     memory = 0
     for tensor in scanner.members():
+        if not tensor.isprintable():
+            raise ValueError(f"names of tensors must be printable, got {tensor!r}")
         file = scanner.value(MAX_KEY)
         if not isinstance(file, str) or os.path.basename(file) != file or not file.isprintable() or "\\" in file:
             raise CheckpointError(f"{index}: {tensor!r} must be in a file of this directory, got {file!r}")
@@ -288,7 +290,7 @@ def _read_quant_config(path: Path, config: dict[str, Any], info: dict[str, Tenso
             f"{path} is not quantized (no 'quantization_config'); quantize it first, or load it with transformers"
         )
     if not isinstance(fields, dict):
-        raise CheckpointError(f"{where} must be an object, got {fields!r}")
+        raise CheckpointError(f"{where} must be an object, got {fields!r:.200}")
     return QuantConfig.from_dict(fields, where)
 
 

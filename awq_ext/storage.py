@@ -278,7 +278,7 @@ def _parse_header(text: bytes | bytearray, source: Source) -> Header:
             for key in scanner.members():
                 value = scanner.value(MAX_METADATA_BYTES)
                 if not isinstance(value, str) or key in header.metadata:
-                    raise ValueError(f"{METADATA} must hold one text for each key, got {str(value)[:40]!r} for {key!r}")
+                    raise ValueError(f"{METADATA} must hold one text for each key, got {value!r:.40} for {key!r}")
                 if scanner.at - begin > MAX_METADATA_BYTES:
                     raise ValueError(f"{METADATA} must have {MAX_METADATA_BYTES} bytes at most")
                 header.metadata[key] = value
@@ -298,22 +298,22 @@ def _parse_header(text: bytes | bytearray, source: Source) -> Header:
 
 def _parse_entry(name: str, entry: Any, data: int, source: Source) -> TensorInfo:
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
-        raise ValueError(f"{name} must be an object of dtype, shape and data_offsets, got {str(entry)[:80]}")
+        raise ValueError(f"{name} must be an object of dtype, shape and data_offsets, got {entry!r:.80}")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(dtype, str) or not dtype.isprintable():
-        raise ValueError(f"{name}: dtype must be a text, got {str(dtype)[:80]!r}")
+    if not isinstance(dtype, str) or not dtype.isprintable() or len(dtype) > 32:
+        raise ValueError(f"{name}: dtype must be a text, got {dtype!r:.80}")
     for what, numbers in (("shape", shape), ("data_offsets", offsets)):
         if not isinstance(numbers, list) or not all(type(number) is int for number in numbers):
-            raise ValueError(f"{name}: {what} must be a list of whole numbers, got {str(numbers)[:80]}")
+            raise ValueError(f"{name}: {what} must be a list of whole numbers, got {numbers!r:.80}")
     if len(shape) > MAX_DIMENSIONS:
         raise ValueError(f"{name}: shape must have {MAX_DIMENSIONS} dimensions at most, got {len(shape)}")
     if len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise ValueError(f"{name}: data_offsets must be [begin, end], got {str(offsets)[:80]}")
+        raise ValueError(f"{name}: data_offsets must be [begin, end], got {offsets!r:.80}")
     bits, extent = DTYPES.get(dtype, (0, None))[0], 1
     for size in shape:
         extent *= max(size, 1)
         if extent > 2**56:  # also where another dimension is 0: strides are products, too
-            raise ValueError(f"{name}: shape {str(shape)[:80]} is too large")
+            raise ValueError(f"{name}: shape {shape!r:.80} is too large")
     expected = 0 if 0 in shape else extent * bits
     if bits and expected != 8 * (offsets[1] - offsets[0]):
         raise ValueError(
