@@ -142,6 +142,10 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--no-zero-point", action="store_true", help="symmetric codes")
     sub.add_argument("--skip", action="append", metavar="NAME", help="keep linears whose name has this in it (repeat)")
     sub.add_argument("--no-clip", action="store_true", help="no search for clipped ranges")
+    sub.add_argument(
+        "--search-results", metavar="FILE", help="apply the scales and clips that llm-awq found (--dump_awq), no search"
+    )
+    _add_allow_pickle(sub)
 
     sub = command("ppl", _ppl, "Perplexity of a model, quantized or not, on a text.")
     _add_model(sub)
@@ -169,6 +173,12 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--samples", type=_positive, default=16, metavar="N", help="calibration windows of 512 tokens")
     sub.add_argument("--tokens", type=_positive, default=8192, metavar="N", help="tokens of the text to score")
     return parser
+
+
+def _add_allow_pickle(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "--allow-pickle", action="store_true", help="read a .pt file, with torch.load(weights_only=True) and checks"
+    )
 
 
 def _add_model(sub: argparse.ArgumentParser) -> None:
@@ -210,8 +220,11 @@ def _quantize(args: argparse.Namespace) -> Output:
     out = Path(args.out).expanduser().absolute()
     check_replaceable(out)  # before the minutes of work
     source = resolve(args.model)
-    tokenizer = load_tokenizer(source) if args.method == "awq" else None
-    if args.method == "awq" and args.calibration is None:
+    calibrates = args.method == "awq" and args.search_results is None
+    if args.calibration is not None and not calibrates:
+        raise AwqError("--calibration has no use with --search-results or --method rtn, which look at no text")
+    tokenizer = load_tokenizer(source) if calibrates else None
+    if calibrates and args.calibration is None:
         _say("calibrating on Python's own help text; --calibration with text like yours gives a better model")
     model: Any = quantize(
         source,
@@ -225,6 +238,8 @@ def _quantize(args: argparse.Namespace) -> Output:
         modules_to_not_convert=args.skip,
         method=args.method,
         apply_clip=not args.no_clip,
+        search_results=args.search_results,
+        allow_pickle=args.allow_pickle,
         progress=Progress(),
     )
     save_quantized(model, out, tokenizer, source=source)

@@ -10,12 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from awq_ext import calibrate, ops
+from awq_ext import calibrate, llm_awq, ops
 from awq_ext.calibrate import BlockInputs
 from awq_ext.checkpoint import save_quantized
-from awq_ext.errors import CalibrationError, UnsupportedModelError
+from awq_ext.config import QuantConfig
+from awq_ext.errors import CalibrationError, CheckpointError, UnsupportedModelError
 from awq_ext.families import FAMILIES, Family, Fold
-from awq_ext.format import QuantConfig, read_json
+from awq_ext.fold import divide_norm
+from awq_ext.format import read_json
 from awq_ext.hub import resolve
 from awq_ext.linear import AwqLinear
 from awq_ext.pretrained import is_quantized_directory, load_float, load_tokenizer
@@ -43,6 +45,8 @@ def quantize(
     duo_scaling: bool = True,
     apply_clip: bool = True,
     quant_config: Mapping[str, Any] | None = None,
+    search_results: Any = None,
+    allow_pickle: bool = False,
     out: Any = None,
     progress: Progress | None = None,
 ) -> nn.Module:
@@ -65,6 +69,12 @@ def quantize(
         apply_clip: also search for the range of each group.
         quant_config: AutoAWQ's dictionary; its ``w_bit``, ``q_group_size``, ``zero_point``, ``version`` and
             ``modules_to_not_convert`` win over the arguments.
+        search_results: llm-awq's file of scales and clips (``--dump_awq``), or the dictionary in it. They are applied
+            (see :func:`awq_ext.llm_awq.apply_search_results`) and weights rounded to nearest, as llm-awq does with
+            ``--load_awq``, but in float32; nothing is searched and no calibration data is read. The model may be of
+            any architecture. Clips are left out for linears that stay as they are, and without ``apply_clip``.
+        allow_pickle: whether ``search_results`` may be a file: it is a pickle, read with
+            ``torch.load(weights_only=True)``.
         out: a directory to save the checkpoint to (see :func:`awq_ext.save_quantized`).
         progress: where to show progress; None: bars on stderr if that is a terminal.
 
@@ -76,6 +86,8 @@ def quantize(
         UnsupportedModelError: an architecture without a family, a model that is quantized already, weights that are
             not finite or not floating point.
         CalibrationError: too little calibration data, or activations that are not finite.
+        CheckpointError: search results that cannot be read, do not fit the model, or are of another group size; or
+            what :func:`awq_ext.save_quantized` raises.
         ValueError: arguments that make no sense.
 
     Weights are searched and rounded in float32 whatever their dtype, one block at a time. Statistics are taken with
@@ -90,11 +102,16 @@ def quantize(
     )
     if method not in METHODS:
         raise ValueError(f"quantize: method must be one of {', '.join(METHODS)}, got {method!r}")
+    if search_results is not None and method != "awq":
+        raise ValueError(f"quantize: search_results are of method 'awq', got method {method!r}")
     if samples is None:
         samples = 32 if isinstance(calibration, str) and calibration == calibrate.BUILTIN_TEXT else 128
     start = time.perf_counter()
     progress = progress or Progress()
-    model, source = _load(model)
+    results = None
+    if search_results is not None:
+        results = llm_awq.read_search_results(search_results, allow_pickle=allow_pickle)
+    model, source = _load(model, any_architecture=results is not None)
 
     def tokens() -> Tensor:
         data = calibrate.load_text(calibration) if isinstance(calibration, str) else calibration
@@ -103,7 +120,7 @@ def quantize(
         return calibrate.windows(data, reads, samples, seq_len)
 
     with torch.no_grad():
-        report = _Quantizer(model, config, method, duo_scaling, apply_clip, seed, progress).run(tokens)
+        report = _Quantizer(model, config, method, duo_scaling, apply_clip, seed, progress, results).run(tokens)
     report.seconds = time.perf_counter() - start
     model.awq_report = report
     if out is not None:
@@ -134,14 +151,15 @@ def _merged(quant_config: Mapping[str, Any] | None, **arguments: Any) -> dict[st
     return config
 
 
-def _load(model: Any) -> tuple[Any, Path | None]:
+def _load(model: Any, any_architecture: bool) -> tuple[Any, Path | None]:
     """The model, and the directory it comes from (None: it was in memory)."""
     if isinstance(model, nn.Module):
         return model, None
     path = resolve(model)
     if is_quantized_directory(path):
         raise UnsupportedModelError(f"{model} is already quantized. Quantize the original, unquantized model")
-    _family(read_json(path, "config.json"))  # before the weights are read
+    if not any_architecture:
+        _family(read_json(path, "config.json"))  # before the weights are read
     return load_float(path, "auto"), path
 
 
@@ -179,6 +197,7 @@ class _Quantizer:
         apply_clip: bool,
         seed: int,
         progress: Progress,
+        results: llm_awq.SearchResults | None,
     ) -> None:
         self.model, self.method, self.progress = model, method, progress
         self.group_size, self.zero_point = int(config["q_group_size"]), bool(config["zero_point"])
@@ -186,9 +205,11 @@ class _Quantizer:
         self.duo_scaling, self.apply_clip = duo_scaling, apply_clip
         self.generator = torch.Generator().manual_seed(seed)
         self.sensitivity: dict[str, Tensor] = {}
-        self.family = _family(getattr(model, "config", None))
+        _refuse_quantized(getattr(model, "config", None), type(model).__name__)
+        self.plan = None if results is None else llm_awq.plan(model, results)
+        # Search results say where the blocks are and bring their own folds.
+        self.family = _family(getattr(model, "config", None)) if self.plan is None else Family((), self.plan.blocks)
         self.blocks: list[nn.Module] = list(model.get_submodule(self.family.blocks))
-        _refuse_quantized(model.config, type(model).__name__)
         self.report = Report(method, model.config.model_type, self.group_size, self.zero_point)
         self.decisions: dict[str, Decision] = {}
         for name, linear in model.named_modules():
@@ -205,10 +226,26 @@ class _Quantizer:
             raise UnsupportedModelError(
                 "no linear of this model can be quantized:\n" + "\n".join(f"  {d}" for d in self.decisions.values())
             )
+        self.clipped = {name for name, decision in self.decisions.items() if decision.reason is None and apply_clip}
+        if self.plan is not None:
+            self.report.search_results = self.plan.results.source
+            self._check_groups(self.plan.results)
+
+    def _check_groups(self, results: llm_awq.SearchResults) -> None:
+        for clip in results.clips:
+            if clip.linear not in self.clipped:
+                continue
+            in_features = self.decisions[clip.linear].in_features
+            size = in_features // clip.bound.shape[1]
+            if size != (in_features if self.group_size == -1 else self.group_size):
+                raise CheckpointError(
+                    f"{results.source}: {clip.linear} is clipped in groups of {size}, but is to be quantized with "
+                    f"group size {self.group_size}; pass q_group_size={size} (--group-size {size})"
+                )
 
     def run(self, windows: Callable[[], Tensor]) -> Report:
         inputs = None
-        if self.method == "awq":
+        if self.method == "awq" and self.plan is None:
             ids = windows()
             self._check_tokens(ids)
             inputs = BlockInputs(self.model, self.blocks, ids)
@@ -253,6 +290,8 @@ class _Quantizer:
         }
         dtypes = {name: parameter.dtype for name, parameter in block.named_parameters()}
         block.float()
+        if self.plan is not None:
+            self.plan.apply(block, prefix, self.clipped)
         reads: dict[str, _Input] = {}
         if inputs is not None:
             for parameter in block.parameters():
@@ -325,9 +364,11 @@ class _Quantizer:
             if producer.bias is not None:
                 producer.bias.data /= rows
         else:
-            scale = _divide_norm(
-                producer, scale, 1.0 if self.family.norm_adds_one else 0.0, dtypes[f"{fold.producer}.weight"]
-            )
+            weight: Any = producer.weight
+            dtype = dtypes[f"{fold.producer}.weight"]
+            weight.data, scale = divide_norm(weight.data, scale, 1.0 if self.family.norm_adds_one else 0.0, dtype)
+            if getattr(producer, "bias", None) is not None:
+                producer.get_parameter("bias").data /= scale
         for reader in readers:
             reader.weight.data *= scale
         shared.divide(scale.cpu())
@@ -371,25 +412,6 @@ class _Input:
 def _restore(block: nn.Module, dtypes: Mapping[str, torch.dtype]) -> None:
     for name, parameter in block.named_parameters():
         parameter.data = parameter.data.to(dtypes[name])
-
-
-def _divide_norm(norm: nn.Module, scale: Tensor, plus: float, dtype: torch.dtype) -> Tensor:
-    """Divide a norm's output by ``scale``; returns the scale that was really applied.
-
-    The norm's weight will be stored in ``dtype``. The readers are multiplied by the ratio of the old weight to the
-    stored one, which undoes its rounding exactly. A channel whose new weight would vanish keeps its old one.
-    """
-    weight = norm.get_parameter("weight")
-    old = weight.data + plus
-    stored = (old / scale - plus).to(dtype).float()
-    applied = old / (stored + plus)
-    usable = torch.isfinite(applied) & (applied > 0)
-    weight.data = torch.where(usable, stored, weight.data)
-    applied = torch.where(usable, applied, torch.ones_like(applied))
-    bias = getattr(norm, "bias", None)
-    if bias is not None:
-        bias.data = bias.data / applied
-    return applied
 
 
 def _kv_tie(kv_features: int, in_features: int, config: Any) -> Tensor:

@@ -39,6 +39,8 @@ class Report:
     model_type: str
     group_size: int
     zero_point: bool
+    search_results: str | None = None
+    """Where scales and clips come from if they were not searched: the file of llm-awq's."""
     calibration_tokens: int = 0
     seconds: float = 0.0
     linears: list[LinearReport] = field(default_factory=list)
@@ -61,6 +63,8 @@ class Report:
             f"{len(self.quantized)} linears quantized to 4 bits in groups of {self.group_size} ({self.method}), "
             f"{self.seconds:.0f} s"
         ]
+        if self.search_results is not None:
+            lines.append(f"scales and clips from {self.search_results}, rounded to nearest")
         measured = [x for x in self.quantized if x.error is not None and x.error_rtn]
         if measured:
             before = sum(x.error_rtn or 0.0 for x in measured) / len(measured)

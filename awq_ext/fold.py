@@ -1,0 +1,46 @@
+"""Moving a scale out of the input of linears into the norm in front of them."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+
+def divide_norm(weight: Tensor, scale: Tensor, plus: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The weight of a norm whose output is divided by ``scale``, and the scale that this really divides by.
+
+    ``weight`` and ``scale`` are float32 [k]; the norm multiplies by ``weight + plus``, and its weight will be stored in
+    ``dtype``. The readers are to be multiplied by the ratio of the old weight to the stored one, which undoes its
+    rounding. A channel whose new weight would vanish or overflow keeps its old one, with a scale of 1.
+    """
+    old = weight + plus
+    stored = (old / scale - plus).to(dtype).float()
+    applied = old / (stored + plus)
+    # Nothing to undo where float32 is as near as it gets, nor in a channel that is always 0.
+    applied = torch.where(((stored + plus) * scale - old).abs() <= 2.0**-22 * old.abs(), scale, applied)
+    usable = torch.isfinite(applied) & (applied > 0)
+    return torch.where(usable, stored, weight), torch.where(usable, applied, torch.ones_like(applied))
+
+
+def norm_offset(norm: nn.Module) -> float | None:
+    """What the norm adds to its weight before it multiplies by it: 0, or 1 as Gemma's; None if it does neither.
+
+    Found by trying: on a copy, with the weight at 0 and at 1.
+    """
+    twin = copy.deepcopy(norm).float()
+    weight = twin.get_parameter("weight")
+    x = torch.linspace(-1, 1, 3 * weight.numel(), device=weight.device).view(3, -1)
+    outputs = []
+    with torch.no_grad():
+        for value in (0.0, 1.0):
+            for parameter in twin.parameters():
+                parameter.fill_(value if parameter is weight else 0.0)
+            try:
+                outputs.append(twin(x))
+            except Exception:  # it takes something else than one tensor
+                return None
+    zero, one = outputs
+    matching = (plus for plus in (0.0, 1.0) if torch.allclose(zero * (1 + plus), one * plus, rtol=1e-3, atol=0))
+    return next(matching, None) if one.any() else None
