@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     import torch
 
 DTYPES = ("float32", "float16", "bfloat16")
+LAYOUTS = ("gemm", "gemv", "gemv_fast", "llm-awq", "marlin", "gptq", "gptq_v2", "compressed-tensors")
 
 
 @dataclass(frozen=True)
@@ -161,6 +162,16 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--prompt", required=True, metavar="TEXT")
     sub.add_argument("--max-new-tokens", type=_positive, default=64, metavar="N")
     sub.add_argument("--chat", action="store_true", help="put the prompt into the tokenizer's chat template")
+
+    sub = command("convert", _convert, "Write a quantized checkpoint in another layout, in a new directory.")
+    sub.add_argument(
+        "src", metavar="SRC", help="directory or hub name of a quantized checkpoint, or llm-awq's .pt file"
+    )
+    sub.add_argument("dst", metavar="DST", help="directory to write")
+    sub.add_argument("--to", required=True, choices=LAYOUTS, help="the layout to write")
+    sub.add_argument("--config", metavar="DIR", help="the original model, whose config a .pt file lacks")
+    sub.add_argument("--group-size", type=_group_size, metavar="G", help="of a .pt file (default: 128)")
+    _add_allow_pickle(sub)
 
     sub = command("inspect", _inspect, "What is in a quantized checkpoint; reads no weights.")
     sub.add_argument("checkpoint", metavar="DIR", help="directory or hub name of an AutoAWQ checkpoint")
@@ -320,15 +331,36 @@ def _check_device(device: torch.device) -> None:
         raise AwqError(f"{_library.CUDA_LIBRARY} is not loaded, so only --device cpu can be had; see 'awq-ext doctor'")
 
 
+def _convert(args: argparse.Namespace) -> Output:
+    from awq_ext.convert import convert
+
+    start = time.perf_counter()
+    out = convert(
+        args.src,
+        args.dst,
+        args.to,
+        config=args.config,
+        group_size=args.group_size,
+        allow_pickle=args.allow_pickle,
+        progress=Progress(),
+    )
+    seconds = time.perf_counter() - start
+    size = sum(file.stat().st_size for file in out.glob("*.safetensors"))
+    data = {"out": str(out), "layout": args.to, "bytes": size, "seconds": seconds}
+    return Output(data, [f"{out}: {size / 1e6:.1f} MB in layout {args.to}, written in {seconds:.1f} s"])
+
+
 def _inspect(args: argparse.Namespace) -> Output:
     import torch
     from torch import Size
 
     from awq_ext.checkpoint import Checkpoint
-    from awq_ext.format import FLOATS
+    from awq_ext.layouts import FLOATS
 
     checkpoint = Checkpoint.open(args.checkpoint)
-    packed = {f"{name}.{part}" for name in checkpoint.linears for part in ("qweight", "qzeros", "scales", "bias")}
+    layout = checkpoint.layout
+    parts = (layout.weight_name, layout.zeros_name, layout.scales_name, layout.extra_name, "bias")
+    packed = {f"{name}.{part}" for name in checkpoint.linears for part in parts}
     packed |= {f"{name}.scales" for name in checkpoint.activations}
     others = {name: tensor for name, tensor in checkpoint.info.items() if name not in packed}
     on_disk = sum((checkpoint.path / shard).stat().st_size for shard in checkpoint.shards)

@@ -90,7 +90,7 @@ class QuantConfig:
         if weights.get("actorder") not in (None, False, "weight", "static"):
             raise _fail(where, "actorder", "null, 'weight' or 'static' (groups of neighbours)", weights["actorder"])
         symmetric = weights.get("symmetric")
-        if symmetric not in (None, True, False):
+        if symmetric is not None and not isinstance(symmetric, bool):
             raise _fail(where, "symmetric", "true or false", symmetric)
         size = -1 if strategy == "channel" else _group_size(where, "group_size", weights.get("group_size"))
         return cls(size, W_BIT, symmetric is False, COMPRESSED, _names(where, "ignore", d.get("ignore")))

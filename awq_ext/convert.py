@@ -12,9 +12,11 @@ from typing import Any
 
 from awq_ext.atomic import replace_directory
 from awq_ext.checkpoint import check_replaceable, is_weight_file
+from awq_ext.config import QuantConfig
 from awq_ext.errors import CheckpointError
-from awq_ext.format import INDEX, LEGACY_QUANT_FILES, PICKLES, Checkpoint, inside
+from awq_ext.format import INDEX, LEGACY_QUANT_FILES, PICKLES, SINGLE, Checkpoint, inside, read_json
 from awq_ext.layouts import Layout, layouts
+from awq_ext.pickled import read_state_dict
 from awq_ext.progress import Progress, Task
 from awq_ext.relayout import Converted, Target
 from awq_ext.storage import Writer
@@ -28,6 +30,9 @@ def convert(
     dst: str | os.PathLike[str],
     to: str,
     *,
+    config: str | os.PathLike[str] | None = None,
+    group_size: int | None = None,
+    allow_pickle: bool = False,
     progress: Progress | None = None,
     revision: str | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
@@ -43,6 +48,10 @@ def convert(
     a few megabytes. All is written beside ``dst`` and synced, then put in its place in one step (see
     :func:`awq_ext.atomic.replace_directory`); ``dst`` may be an older checkpoint, also ``src`` itself.
 
+    ``src`` may also be the file that llm-awq's ``--dump_quant`` writes (a ``.pt`` of v2 tensors), read as
+    :func:`awq_ext.pickled.read_state_dict` says and only with ``allow_pickle``. Such a file has neither config nor
+    tokenizer: ``config`` is the directory of the original model, ``group_size`` that of the file (None: 128).
+
     Raises CheckpointError, before anything is written, if ``src`` is damaged, if a linear cannot be held by the layout
     (the message names the tensor), or if ``dst`` is something else than a quantized checkpoint; also if writing fails.
     ValueError for an unknown layout.
@@ -50,8 +59,27 @@ def convert(
     layout = layouts().get(to)
     if layout is None:
         raise ValueError(f"to must be one of {', '.join(layouts())}, got {to!r}")
-    checkpoint = Checkpoint.open(src, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only)
+    if Path(src).suffix in (".pt", ".pth", ".bin") and Path(src).is_file():
+        checkpoint = _open_pickled(Path(src), config, 128 if group_size is None else group_size, allow_pickle)
+    elif config is not None or group_size is not None:
+        raise CheckpointError(f"config and group_size are for a .pt file, which has neither; {src} must have its own")
+    else:
+        checkpoint = Checkpoint.open(src, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only)
     return write_converted(checkpoint, Path(dst), layout, progress or Progress.silent())
+
+
+def _open_pickled(
+    file: Path, directory: str | os.PathLike[str] | None, group_size: int, allow_pickle: bool
+) -> Checkpoint:
+    header = read_state_dict(file, allow_pickle=allow_pickle)
+    if directory is None:
+        raise CheckpointError(f"{file} has no config; give the directory of the original model (config=, --config)")
+    directory = Path(directory).expanduser()
+    config = read_json(directory, "config.json")
+    if config is None:
+        raise CheckpointError(f"{directory} has no config.json; give the directory of the original model")
+    quant = QuantConfig(group_size, version="llm-awq")
+    return Checkpoint.from_headers(directory, config | {"quantization_config": quant.to_dict()}, header.tensors)
 
 
 def write_converted(checkpoint: Checkpoint, out: Path, layout: Layout, progress: Progress) -> Path:
@@ -63,7 +91,7 @@ def write_converted(checkpoint: Checkpoint, out: Path, layout: Layout, progress:
     config = checkpoint.config | {"quantization_config": _quant_config(converted)}
     shards: dict[str, list[Target]] = {}
     for target in converted.info.values():
-        shards.setdefault(target.shard, []).append(target)
+        shards.setdefault(_shard(target), []).append(target)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         needed = sum(target.nbytes for target in converted.info.values())
@@ -85,6 +113,11 @@ def write_converted(checkpoint: Checkpoint, out: Path, layout: Layout, progress:
     return out
 
 
+def _shard(target: Target) -> str:
+    """The file that a tensor goes to: of the same name, but for a pickle."""
+    return target.shard if target.shard.endswith(".safetensors") else SINGLE
+
+
 def _write_shard(file: Path, converted: Converted, targets: list[Target], task: Task) -> None:
     with Writer(file, [(t.name, t.dtype, t.shape) for t in targets], {"format": "pt"}) as writer:
         for target in targets:
@@ -94,7 +127,7 @@ def _write_shard(file: Path, converted: Converted, targets: list[Target], task: 
 
 
 def _index(converted: Converted) -> dict[str, Any]:
-    places = {name: target.shard for name, target in sorted(converted.info.items())}
+    places = {name: _shard(target) for name, target in sorted(converted.info.items())}
     size = sum(target.nbytes for target in converted.info.values())
     return {"metadata": {"total_size": size}, "weight_map": places}
 

@@ -238,7 +238,7 @@ def write_groups(layout: Layout, groups: Groups, k: int, g: int, where: str) -> 
         _refuse(
             ~torch.isfinite(scaled),
             f"{where}:",
-            f"layout {layout.name} cannot store -(scale * zero) at {{place}}, which is too large for the type of scales",
+            f"layout {layout.name} cannot store -(scale * zero) at {{place}}: it is too large for the type of scales",
         )
         written[layout.zeros_name] = _padded(scaled, room, layout)
     else:

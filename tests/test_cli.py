@@ -318,10 +318,31 @@ def test_inspect_counts_what_is_there(tiny_llama, quantized, run, capsys):
     assert "14 linears quantized" in out
 
 
-def test_inspect_refuses_what_it_cannot_read(tiny_llama, tmp_path, shared, fail):
+def test_inspect_refuses_what_it_cannot_read(tiny_llama, tmp_path, fail):
     assert "does not exist" in fail("inspect", tmp_path / "nothing")
     assert str(tiny_llama) in fail("inspect", tiny_llama)
-    assert "gemv" in fail("inspect", shared / "data" / "checkpoints" / "autoawq-gemv")
+
+
+def test_inspect_of_another_layout(shared, run):
+    path = shared / "data" / "checkpoints" / "llmcompressor-pack-quantized"
+    result = run("inspect", path)
+    assert result["quantization"]["quant_method"] == "compressed-tensors"
+    assert result["quantized_linears"] == 14 and result["layers"][0]["group_size"] == 64
+    assert not any("weight_" in tensor["name"] for tensor in result["not_quantized"])
+
+
+# --- convert --------------------------------------------------------------------------------------------------------
+
+
+def test_convert(shared, tmp_path, run, fail):
+    source = shared / "data" / "checkpoints" / "autoawq-gemm"
+    result = run("convert", source, tmp_path / "out", "--to", "gptq_v2")
+    assert result["layout"] == "gptq_v2" and Path(result["out"]) == tmp_path / "out"
+    assert result["bytes"] == (tmp_path / "out" / "model.safetensors").stat().st_size
+    assert run("inspect", tmp_path / "out")["quantization"]["checkpoint_format"] == "gptq_v2"
+    assert "every zero must be 8" in fail("convert", source, tmp_path / "marlin", "--to", "marlin")
+    assert not (tmp_path / "marlin").exists()
+    assert "for a .pt file" in fail("convert", source, tmp_path / "out", "--to", "gemm", "--group-size", "64")
 
 
 # --- doctor ---------------------------------------------------------------------------------------------------------
