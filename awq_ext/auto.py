@@ -105,7 +105,7 @@ class AutoAWQForCausalLM(nn.Module):
         download_kwargs: Mapping[str, Any] | None = None,
         torch_dtype: torch.dtype | None = None,
     ) -> AutoAWQForCausalLM:
-        """Load an AutoAWQ ``gemm`` checkpoint (see :func:`awq_ext.load_quantized`).
+        """Load a quantized checkpoint in whatever layout (see :func:`awq_ext.load_quantized`).
 
         ``quant_filename`` is checked to be a weight file of the checkpoint. ``device_map`` must leave the choice open
         (then: the first CUDA device, else the CPU) or name one device. ``download_kwargs`` may hold revision,

@@ -75,13 +75,13 @@ def load_quantized(
 ) -> PreTrainedModel:
     """Load a quantized checkpoint as a transformers causal language model, in eval mode, on ``device``.
 
-    The checkpoint may be in any layout of :func:`awq_ext.layouts.layouts`; the tensors tell which. The linears that are
-    quantized in the files become AwqLinear, in whose layout (``gemm``) their words are brought; codes, zeros and scales
-    are those of the files. Scales and biases keep their stored dtypes, since
-    rounding float16 scales to bfloat16 would change every weight. The same holds for the activations that have
-    ``scales`` in the files and divide by them (:class:`awq_ext.scaled.ScaledActivation`). All other weights are cast
-    to ``dtype``: float32, float16 or bfloat16, None for the one that config.json names. The model is built without
-    memory for its weights and filled tensor by tensor. Code from the checkpoint is never run.
+    The checkpoint may be in any layout of :func:`awq_ext.layouts.layouts`; the tensors tell which. Its quantized
+    linears become AwqLinear with the same codes, zeros and scales, in that module's layout (``gemm``). Their scales
+    and biases keep their stored dtypes, since rounding float16 scales to bfloat16 would change every weight. The same
+    holds for the activations that have ``scales`` in the files and divide by them
+    (:class:`awq_ext.scaled.ScaledActivation`). All other weights are cast to ``dtype``: float32, float16 or bfloat16,
+    None for the one that config.json names. The model is built without memory for its weights and filled tensor by
+    tensor. Code from the checkpoint is never run.
 
     Raises CheckpointError (see :meth:`Checkpoint.open`; also where tensors and model disagree, naming them),
     UnsupportedModelError if transformers has no such causal language model, ValueError for another dtype.
