@@ -21,7 +21,9 @@ _SPACE = re.compile(rb"[ \t\n\r]*")
 _NO_STRUCTURE = re.compile(rb'[^"\[\]{},]*')
 # Rounds are limited because the matcher needs memory for each of them; a longer string is matched in several steps.
 _PLAIN_KEY = re.compile(rb'[ \t\n\r]*"([^"\\\x00-\x1f]*)"[ \t\n\r]*:')  # what most keys are, in one step
-_FLAT_OBJECT = re.compile(rb'\{[^{}"]*(?:"[^"\\]*"[^{}"]*){0,16}\}')  # what most values are, in one step
+# What most values are, in one step: an object of strings, numbers and arrays of numbers.
+_FLAT_OBJECT = re.compile(rb'\{[^][{}"]*(?:(?:"[^"\\]*"|\[[^][{}"]*\])[^][{}"]*){0,16}\}')
+MAX_FLAT = 4096  # bytes
 _IN_STRING = re.compile(rb'[^"\\]*(?:\\.[^"\\]*){0,256}', re.DOTALL)
 
 
@@ -89,7 +91,7 @@ class Scanner:
     def _value_end(self, most: int) -> int:
         """Where the value ends, if it is one; what is between its brackets is left to the decoder."""
         flat = _FLAT_OBJECT.match(self.text, self.at)
-        if flat is not None:
+        if flat is not None and flat.end() - self.at <= min(most, MAX_FLAT):
             return flat.end()
         text, at, depth = self.text, self.at, 0
         for _ in range(MAX_PARTS):

@@ -172,7 +172,7 @@ def _check_bits(where: str, key: str, bits: object) -> None:
 def _group_size(where: str, key: str, size: object) -> int:
     if size is None:
         return QuantConfig.group_size
-    if type(size) is not int or (size < 1 and size != -1):
+    if type(size) is not int or not (1 <= size < 2**31 or size == -1):
         raise _fail(where, key, "a positive integer, or -1 for one group over in_features", size)
     return size
 

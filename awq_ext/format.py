@@ -227,8 +227,9 @@ def _read_places(scanner: Scanner, weight_map: dict[str, str], index: Path) -> N
             raise CheckpointError(f"{index}: {tensor!r} must be in a .safetensors file, got {file!r}")
         if tensor in weight_map:
             raise ValueError(f"duplicate key {tensor!r}")
-        weight_map[tensor] = files.setdefault(file, file)
         memory += 100 + sys.getsizeof(tensor)  # with its place in a dict that has to grow
+        memory += 0 if file in files else 100 + sys.getsizeof(file)
+        weight_map[tensor] = files.setdefault(file, file)
         if memory > MAX_INDEX_MEMORY:
             raise CheckpointError(f"{index}: has more than {len(weight_map)} tensors, which is more than any model")
 
