@@ -362,12 +362,14 @@ def _describe(model: PreTrainedModel) -> QuantConfig:
         raise CheckpointError(f"a checkpoint has one group size for all its linears, the model has {sorted(sizes)}")
     stated = getattr(model.config, "quantization_config", None)
     listed = stated.get("modules_to_not_convert") if isinstance(stated, dict) else None
-    skipped = list(listed or ())
     head = model.get_output_embeddings()
-    for name, module in model.named_modules():
-        # Readers that convert every Linear must be told which ones are plain; the head they never convert.
-        if isinstance(module, nn.Linear) and module is not head and not any(part in name for part in skipped):
-            skipped.append(name)
+    # Readers that convert every Linear must be told which ones are plain, by names that can mean nothing else; the
+    # head they never convert, unless somebody has listed it.
+    skipped = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and (module is not head or any(part in name for part in listed or ()))
+    ]
     # Zeros are always stored (8 everywhere for symmetric rounding), and readers may refuse to look for them at False.
     return QuantConfig(
         group_size=-1 if len(sizes) > 1 else sizes.pop(), zero_point=True, modules_to_not_convert=tuple(skipped)
