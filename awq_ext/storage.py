@@ -66,7 +66,9 @@ OTHER_FILES = {
 
 METADATA = "__metadata__"
 MAX_HEADER_BYTES = 100_000_000  # the reference implementation's limit
-MAX_HEADER_MEMORY = 48 * 2**20  # bytes of Python objects made of one header: enough for 100,000 tensors
+# Bytes of Python objects made of one header: enough for 70,000 tensors. What a checkpoint makes of them takes half as
+# much again, so that a file can cause 64 MiB at most above its own size.
+MAX_HEADER_MEMORY = 40 * 2**20
 MAX_METADATA_BYTES = 2**20
 MAX_ENTRY_BYTES = 4096
 MAX_DIMENSIONS = 64
@@ -223,7 +225,7 @@ def read_header(file: Path) -> Header:
     Raises CheckpointError, naming file and tensor, if the file is not a regular one or cannot be read; if the header is
     longer than the file or 100 MB, or no JSON of the form above; if a name comes twice or is not printable; if a shape
     does not fit its number of bytes; if tensors overlap, leave gaps, or do not end where the file ends; and if the
-    header would take more than 48 MiB of memory.
+    header would take more than 40 MiB of memory.
     """
     with _Reading(file) as reading:
         prefix = bytearray(8)

@@ -44,6 +44,7 @@ from awq_ext.errors import CheckpointError
 MEMORY = 64 * 2**20
 BATCH = 500
 SECONDS = 10
+BOMBS = 0.0005
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
@@ -534,6 +535,29 @@ def mutated(rng: random.Random, sample: Files) -> tuple[Files, list[str]]:
     return files, kinds
 
 
+def bomb(rng: random.Random, sample: Files) -> Files:
+    """Megabytes in the place of one file: short texts of which much could be made."""
+    size = rng.choice([2**18, 2**20, 2**22])
+    unit = rng.choice(
+        ["[],", "{},", '"",', "0,", '{"":[]},', '"a😀",', "[", '{"a":', '"\\\\\\\\",', " ", "\\", "é", '1e5,"b":']
+    )
+    text = rng.choice(['{"a":', '{"a":[', '{"', "[", '{"weight_map":{"a":"', '{"__metadata__":{"a":"']) + unit * (
+        size // len(unit)
+    )
+    if rng.random() < 0.5:
+        entry = rng.choice(
+            ['{"dtype":"U8","shape":[0],"data_offsets":[0,0]}', f'"{SHARDS[0]}"', '"%x.safetensors"', "[]"]
+        )
+        name = rng.choice(["%x", "%x.qweight", "%x.scales", "model.a%x😀", "x" * 500 + "%x"])
+        items = ((name + '": ' + entry).replace("%x", format(i, "x")) for i in range(size // (len(name) + len(entry))))
+        begin = rng.choice(["", '"weight_map":{', '"__metadata__":{', '"quantization_config":{'])
+        text = "{" + begin + ",".join('"' + item for item in items) + ("}}" if begin else "}")
+    content = text.encode()
+    name = rng.choice([file for file in sample if file.endswith((".json", ".safetensors"))])
+    prefix = struct.pack("<Q", len(content)) if name.endswith(".safetensors") else b""
+    return {**sample, name: prefix + content}
+
+
 # --- running --------------------------------------------------------------------------------------------------------
 
 
@@ -618,16 +642,17 @@ class Fuzzer:
         self.outcomes: collections.Counter[str] = collections.Counter()
         self.opened: collections.Counter[str] = collections.Counter()
         self.refused: collections.Counter[str] = collections.Counter()
+        self.before = 0  # resident memory when the limit was set last
         self.largest = max(sum(len(c) for c in files.values() if isinstance(c, bytes)) for files in samples)
 
     def run(self, first: int, count: int) -> None:
         progress = os.open(self.work / "current", os.O_WRONLY | os.O_CREAT, 0o644)
         for batch in range(first, first + count, BATCH):
-            before = limit_memory(2 * self.largest)
+            self.before = limit_memory(2 * self.largest)
             for number in range(batch, min(batch + BATCH, first + count)):
                 os.pwrite(progress, b"%20d" % number, 0)  # for whoever finds a crash
                 self.one(number)
-            above = memory_of("VmHWM") - before
+            above = memory_of("VmHWM") - self.before
             if above > MEMORY + 2 * self.largest:
                 self.fail(batch, f"resident memory grew by {above} bytes in the inputs from here on", {})
         os.close(progress)
@@ -640,7 +665,11 @@ class Fuzzer:
         signal.setitimer(signal.ITIMER_REAL, SECONDS)
         try:
             try:
-                if rng.random() < 0.1:
+                share = rng.random()
+                if share < BOMBS:
+                    kinds = ["bomb"]
+                    self.defuse(number, rng, at)
+                elif share < 0.1:
                     use_config(rng, self.samples[at])
                 else:
                     files, kinds = mutated(rng, self.samples[at])
@@ -662,6 +691,21 @@ class Fuzzer:
         else:
             self.outcomes["opened"] += 1
             self.opened.update(kinds)
+
+    def defuse(self, number: int, rng: random.Random, at: int) -> None:
+        """Makes and opens one directory of megabytes, with a limit of memory of its own."""
+        resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        files, directory = bomb(rng, self.samples[at]), self.directories[at]
+        directory.hold(files)
+        size = sum(len(content) for content in files.values() if isinstance(content, bytes))
+        before = limit_memory(size)
+        try:
+            use(directory.path, rng)
+        finally:
+            above = memory_of("VmHWM") - before - size
+            if above > MEMORY:
+                self.fail(number, f"resident memory grew by {above} bytes more than the files have", files)
+            self.before = limit_memory(2 * self.largest)
 
     def fail(self, number: int, what: str, files: Files) -> None:
         self.failures.append({"seed": self.seed, "input": number, "what": what})
