@@ -54,6 +54,7 @@ DTYPES: dict[str, tuple[int, torch.dtype | None]] = {
     "I64": (64, torch.int64),
     "U64": (64, torch.uint64),
 }
+_ONE_OF_EACH = {name: name for name in DTYPES}  # so that tensors share the text of their dtype
 NAME_OF = {dtype: name for name, (_, dtype) in DTYPES.items() if dtype is not None}
 
 # What is often found under the name of a safetensors file, by its first bytes.
@@ -284,6 +285,7 @@ def _parse_header(text: bytes | bytearray, source: Source) -> Header:
                 if scanner.at - begin > MAX_METADATA_BYTES:
                     raise ValueError(f"{METADATA} must have {MAX_METADATA_BYTES} bytes at most")
                 header.metadata[key] = value
+                memory += 100 + sys.getsizeof(key) + sys.getsizeof(value)
             continue
         if not name.isprintable():  # so that messages about it cannot do anything to a terminal or a log
             raise ValueError(f"names of tensors must be printable, got {name!r}")
@@ -292,6 +294,7 @@ def _parse_header(text: bytes | bytearray, source: Source) -> Header:
         tensor = _parse_entry(name, scanner.value(MAX_ENTRY_BYTES, _ENTRY), data, source)
         header.tensors[name] = tensor
         memory += ENTRY_MEMORY + sys.getsizeof(name) + 40 * len(tensor.shape)
+        memory += 0 if tensor.dtype in DTYPES else sys.getsizeof(tensor.dtype)
         if memory > MAX_HEADER_MEMORY:
             raise ValueError(f"more than {len(header.tensors)} tensors in one file; split it into shards")
     scanner.end()
@@ -319,10 +322,10 @@ def _parse_entry(name: str, entry: Any, data: int, source: Source) -> TensorInfo
     expected = 0 if 0 in shape else extent * bits
     if bits and expected != 8 * (offsets[1] - offsets[0]):
         raise ValueError(
-            f"{name}: {shape} {dtype} takes {expected / 8:.10g} bytes, but data_offsets {offsets} has "
+            f"{name}: {shape!r:.80} {dtype} takes {expected / 8:.10g} bytes, but data_offsets {offsets} has "
             f"{offsets[1] - offsets[0]}"
         )
-    return TensorInfo(name, sys.intern(dtype), tuple(shape), data + offsets[0], data + offsets[1], source)
+    return TensorInfo(name, _ONE_OF_EACH.get(dtype, dtype), tuple(shape), data + offsets[0], data + offsets[1], source)
 
 
 def _check_coverage(header: Header, data: int, size: int) -> None:

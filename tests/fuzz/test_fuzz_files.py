@@ -19,6 +19,9 @@ FUZZER = Path(__file__).with_name("fuzzer.py")
 SHARED = Path(os.environ.get("AWQ_SHARED", REPOSITORY.parent / "shared")) / "data" / "checkpoints"
 
 
+pytestmark = pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="measures memory as Linux does")
+
+
 @pytest.fixture
 def work() -> Iterator[Path]:
     """A directory in memory, where there is one; removed also after a crash."""
