@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -28,6 +28,14 @@ PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 MAX_JSON_BYTES = 4 * 2**20  # of a file that is decoded as a whole
 MAX_INDEX_BYTES = 100 * 2**20
 MAX_INDEX_MEMORY = 60 * 2**20  # bytes of Python objects made of an index: enough for 250,000 tensors
+
+# What is done about a problem: (the error, the file's name, the tensor's name; "" where it is about neither).
+Refuse = Callable[[CheckpointError, str, str], None]
+
+
+def stop(error: CheckpointError, file: str, tensor: str) -> None:
+    """The way to refuse of all that goes on to use a checkpoint; :mod:`awq_ext.verify` takes a note instead."""
+    raise error
 
 
 @dataclass(frozen=True)
@@ -74,13 +82,13 @@ class Checkpoint:
         config = read_json(path, "config.json")
         if config is None:
             raise CheckpointError(f"{path} has no config.json, so it is not a model directory, or not a complete one")
-        return cls.from_headers(path, config, _read_headers(path))
+        return cls.from_headers(path, config, read_headers(path))
 
     @classmethod
     def from_headers(cls, path: Path, config: dict[str, Any], info: dict[str, TensorInfo]) -> Checkpoint:
         """The same from what has been read already: a config.json and the headers of tensors. ``path`` is for
         messages, and where a quantization config is looked for that config.json does not have."""
-        quant = _read_quant_config(path, config, info)
+        quant = read_quant_config(path, config, info)
         layout, linears = _read_linears(path, quant, info)
         return cls(path, config, replace(quant, version=layout.name), layout, linears, info)
 
@@ -253,30 +261,43 @@ def _find_single_file(path: Path) -> str:
     raise CheckpointError(f"{path} has no *.safetensors file, so the checkpoint is incomplete; get it again")
 
 
-def _read_headers(path: Path) -> dict[str, TensorInfo]:
-    """Every tensor of the directory; the index and the files agree on where each one is."""
+def read_headers(path: Path, refuse: Refuse = stop) -> dict[str, TensorInfo]:
+    """Every tensor of the directory, quantized or not; the index and the files agree on where each one is.
+
+    Where ``refuse`` returns, a shard that cannot be read is left out, and a tensor counts where it was found first.
+    """
     weight_map = _read_weight_map(path)
     shards = [_find_single_file(path)] if weight_map is None else sorted(set(weight_map.values()))
     if SINGLE not in shards and (path / SINGLE).exists():
-        raise CheckpointError(f"{path} has both {SINGLE} and {INDEX}, which does not mention it; remove the stale one")
+        stale = f"{path} has both {SINGLE} and {INDEX}, which does not mention it; remove the stale one"
+        refuse(CheckpointError(stale), SINGLE, "")
     for shard in shards:
         if not os.path.exists(inside(path, shard)):
-            raise CheckpointError(f"{path / shard} is missing, though {INDEX} refers to it; get the checkpoint again")
+            missing = f"{path / shard} is missing, though {INDEX} refers to it; get the checkpoint again"
+            refuse(CheckpointError(missing), shard, "")
     info: dict[str, TensorInfo] = {}
-    for shard in shards:
+    read = set()
+    for shard in filter(lambda shard: os.path.exists(path / shard), shards):
         file = path / shard
-        tensors = read_header(file).tensors
+        try:
+            tensors = read_header(file).tensors
+        except CheckpointError as error:
+            refuse(error, shard, "")
+            continue
         for name in tensors:
             if weight_map is not None and weight_map.get(name) != shard:
-                raise CheckpointError(f"{file}: holds {name}, which {INDEX} has in {weight_map.get(name, 'nowhere')}")
-        info |= tensors
+                there = weight_map.get(name, "nowhere")
+                refuse(CheckpointError(f"{file}: holds {name}, which {INDEX} has in {there}"), shard, name)
+        info = tensors | info
+        read.add(shard)
     for name, shard in (weight_map or {}).items():
-        if name not in info:
-            raise CheckpointError(f"{path / shard}: has no {name}, which {INDEX} has there")
+        if shard in read and name not in info:
+            refuse(CheckpointError(f"{path / shard}: has no {name}, which {INDEX} has there"), shard, name)
     return info
 
 
-def _read_quant_config(path: Path, config: dict[str, Any], info: dict[str, TensorInfo]) -> QuantConfig:
+def read_quant_config(path: Path, config: dict[str, Any], info: dict[str, TensorInfo]) -> QuantConfig:
+    """The quantization config, in config.json or in an older file beside it. Raises CheckpointError without one."""
     fields, where = config.get("quantization_config"), f"{path / 'config.json'}: quantization_config"
     for name in LEGACY_QUANT_FILES:
         if fields is None:
@@ -297,52 +318,84 @@ def _read_quant_config(path: Path, config: dict[str, Any], info: dict[str, Tenso
 
 def _read_linears(path: Path, quant: QuantConfig, info: dict[str, TensorInfo]) -> tuple[Layout, dict[str, LinearInfo]]:
     """The layout and the quantized linears, from the names, shapes and types of the tensors."""
-    table = layouts().values()
-    weights = {layout.weight_name for layout in table}
-    parts = weights.union(*((layout.zeros_name, layout.scales_name, layout.extra_name) for layout in table)) - {""}
-    owners: dict[str, dict[str, TensorInfo]] = {}  # of tensors that are named as parts of a quantized linear
-    for name, tensor in info.items():
-        owner, _, part = name.rpartition(".")
-        if part in parts:
-            owners.setdefault(owner, {})[part] = tensor
-
     found_layout: Layout | None = None
     first = ""  # the linear that told it
     linears: dict[str, LinearInfo] = {}
-    for owner, stored in owners.items():
-        part, tensor = next(iter(stored.items()))
-        if not weights & stored.keys():
-            if stored.keys() == {"scales"} and len(tensor.shape) == 1 and tensor.dtype in FLOATS:
-                continue  # an activation's: see awq_ext.scaled
+    for owner, stored in parts_of_linears(info).items():
+        found = read_linear(path, quant, owner, stored, info.get(f"{owner}.bias"))
+        if found is None:  # never: stop does not return
+            continue
+        layout, linears[owner] = found
+        if found_layout is not None and layout is not found_layout:
             raise CheckpointError(
-                f"{tensor}: there is no {' or '.join(f'{owner}.{weight}' for weight in sorted(weights))} with it"
-            )
-        found = detect(stored, quant.group_size, quant.version, _stored_shape(stored))
-        if found.problems:
-            weight = stored[found.layout.weight_name]
-            raise CheckpointError(f"{path / weight.shard}: {owner}.{found.problems[0]} (layout {found.layout.name})")
-        if not quant.allows(found.layout.name):
-            raise CheckpointError(
-                f"{path}: the quantization config says {quant.version!r}, but {owner} is in the layout "
-                f"{found.layout.name}; correct the config if the tensors are right"
-            )
-        if found_layout is not None and found.layout is not found_layout:
-            raise CheckpointError(
-                f"{path}: {owner} is in the layout {found.layout.name}, but {first} in {found_layout.name}; a "
+                f"{path}: {owner} is in the layout {layout.name}, but {first} in {found_layout.name}; a "
                 "checkpoint must have one layout for all its linears"
             )
-        found_layout, first = found_layout or found.layout, first or owner
-        bias = info.get(f"{owner}.bias")
-        if bias is not None and (bias.shape != (found.n,) or bias.dtype not in FLOATS):
-            raise CheckpointError(
-                f"{bias} must be [{found.n}] {' or '.join(FLOATS)}, got {list(bias.shape)} {bias.dtype}"
-            )
-        linears[owner] = LinearInfo(found.k, found.n, found.g, bias is not None)
+        found_layout, first = found_layout or layout, first or owner
     if found_layout is None:
-        raise CheckpointError(
-            f"{path} has a quantization config, but no tensor called {' or '.join(f'*.{w}' for w in sorted(weights))}"
-        )
+        names = " or ".join(f"*.{weight}" for weight in weight_names())
+        raise CheckpointError(f"{path} has a quantization config, but no tensor called {names}")
     return found_layout, linears
+
+
+def weight_names() -> list[str]:
+    """What layouts call the tensor of a linear's codes, behind the linear's name."""
+    return sorted({layout.weight_name for layout in layouts().values()})
+
+
+def parts_of_linears(info: Mapping[str, TensorInfo]) -> dict[str, dict[str, TensorInfo]]:
+    """The tensors that are named as parts of a quantized linear (the bias apart): by the linear, by the last part."""
+    table = layouts().values()
+    parts = {p for layout in table for p in (layout.weight_name, layout.zeros_name, layout.scales_name)}
+    parts |= {layout.extra_name for layout in table}
+    owners: dict[str, dict[str, TensorInfo]] = {}
+    for name, tensor in info.items():
+        owner, _, part = name.rpartition(".")
+        if part and part in parts:
+            owners.setdefault(owner, {})[part] = tensor
+    return {owner: stored for owner, stored in owners.items() if not _is_activation(stored)}
+
+
+def _is_activation(stored: Mapping[str, TensorInfo]) -> bool:
+    """Whether these are the scales of an activation: see :mod:`awq_ext.scaled`."""
+    if stored.keys() != {"scales"}:
+        return False
+    return len(stored["scales"].shape) == 1 and stored["scales"].dtype in FLOATS
+
+
+def read_linear(
+    path: Path,
+    quant: QuantConfig,
+    owner: str,
+    stored: Mapping[str, TensorInfo],
+    bias: TensorInfo | None,
+    refuse: Refuse = stop,
+) -> tuple[Layout, LinearInfo] | None:
+    """The layout and the shape of one linear from its tensors as :func:`parts_of_linears` has them; None if refused."""
+    weights = weight_names()
+    tensor = next((stored[weight] for weight in weights if weight in stored), None)
+    if tensor is None:
+        any_part = next(iter(stored.values()))
+        names = " or ".join(f"{owner}.{weight}" for weight in weights)
+        refuse(CheckpointError(f"{any_part}: there is no {names} with it"), any_part.shard, any_part.name)
+        return None
+    where = path / tensor.shard
+    found = detect(stored, quant.group_size, quant.version, _stored_shape(stored))
+    for problem in found.problems:
+        refuse(CheckpointError(f"{where}: {owner}.{problem} (layout {found.layout.name})"), tensor.shard, owner)
+    if found.problems:
+        return None
+    if not quant.allows(found.layout.name):
+        contradiction = (
+            f"{path}: the quantization config says {quant.version!r}, but {owner} is in the layout "
+            f"{found.layout.name}; correct the config if the tensors are right"
+        )
+        refuse(CheckpointError(contradiction), "config.json", owner)
+    if bias is not None and (bias.shape != (found.n,) or bias.dtype not in FLOATS):
+        expected = f"[{found.n}] {' or '.join(FLOATS)}"
+        error = CheckpointError(f"{bias} must be {expected}, got {list(bias.shape)} {bias.dtype}")
+        refuse(error, bias.shard, bias.name)
+    return found.layout, LinearInfo(found.k, found.n, found.g, bias is not None)
 
 
 def _stored_shape(stored: Mapping[str, TensorInfo]) -> tuple[int, int] | None:

@@ -55,6 +55,13 @@ class Codes:
             return down, across * self.tile_words
         return across, down * self.tile_words
 
+    def rows(self, words: Tensor, begin: int, end: int) -> Tensor:
+        """The words of the out_features ``begin`` .. ``end`` - 1 alone; ``begin`` must be a multiple of the tile's."""
+        first, last = begin // self.tile[0], -(-end // self.tile[0])
+        if self.outer == "out_features":
+            return words[first:last]
+        return words[:, first * self.tile_words : last * self.tile_words].contiguous()
+
     def code_shape(self, rows: int, cols: int) -> tuple[int, int] | None:
         """The largest (n, k) whose words have this shape; None if none have."""
         if cols % self.tile_words:
@@ -183,6 +190,12 @@ def read_groups(layout: Layout, stored: Mapping[str, Tensor], n: int, k: int, g:
     Raises CheckpointError, beginning with ``where`` (the file and the linear), if a scale is 0 or not finite, if a
     zero of GPTQ v1 is not within 0..15, or if a scaled zero is no whole number of scales within 0..15.
     """
+    scales = read_scales(layout, stored, n, k, g, where)
+    return Groups(scales, read_zeros(layout, stored, scales, where))
+
+
+def read_scales(layout: Layout, stored: Mapping[str, Tensor], n: int, k: int, g: int, where: str) -> Tensor:
+    """The scales of :func:`read_groups`."""
     groups = k // g
     scales = used_groups(layout, stored[layout.scales_name], groups)
     if layout.scales_permuted:
@@ -190,7 +203,12 @@ def read_groups(layout: Layout, stored: Mapping[str, Tensor], n: int, k: int, g:
         straight[_marlin_channels(n, groups == 1)] = scales
         scales = straight
     check_scales(f"{where}.{layout.scales_name}", scales)
+    return scales.contiguous()
 
+
+def read_zeros(layout: Layout, stored: Mapping[str, Tensor], scales: Tensor, where: str) -> Tensor:
+    """The zeros of :func:`read_groups`, which belong to these scales [n, G]."""
+    n, groups = scales.shape
     packed = stored.get(layout.zeros_name)
     if packed is None:
         zeros = torch.full((n, groups), SYMMETRIC_ZERO, dtype=torch.uint8)
@@ -206,7 +224,7 @@ def read_groups(layout: Layout, stored: Mapping[str, Tensor], n: int, k: int, g:
                 "(readers differ); take the model's gptq_v2 form, or quantize it again",
             )
             zeros = zeros + 1
-    return Groups(scales.contiguous(), zeros.contiguous())
+    return zeros.contiguous()
 
 
 def used_groups(layout: Layout, matrix: Tensor, groups: int) -> Tensor:
@@ -345,7 +363,10 @@ def _compare(layout: Layout, stored: Mapping[str, Stored], group_size: int, shap
         problem = f"{layout.weight_name} must be a matrix of words, got {list(words)}"
         return Found(layout, 0, 0, 0, (problem,), fits=False)
     n, k = own
-    if layout.weight.padded and shape is not None and layout.weight.word_shape(*shape) == words:
+    if layout.weight.padded and shape is not None:
+        if layout.weight.word_shape(*shape) != words:
+            problem = f"weight_shape holds {list(shape)}, but {layout.weight_name} has room for {list(own)}"
+            return Found(layout, n, k, 0, (problem,), fits=False)
         n, k = shape
     g = k if group_size == -1 else group_size
     reason = layout.why_not(n, k, g)
