@@ -202,8 +202,7 @@ def _fill(checkpoint: Converted, model: PreTrainedModel, device: torch.device, d
             to = torch.float32 if in_float32.search(name) else dtype
         else:
             to = target.dtype
-        # A copy always: memory of its own is aligned, and independent of what happens to the file later.
-        value = stored.to(device, to, copy=True)
+        value = stored.to(device, to)
         first, held = filled.setdefault(id(target), (name, value))
         if first == name:
             _assign(model, [in_model[name] for name in names_of[id(target)]], value, target)
