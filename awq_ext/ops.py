@@ -132,9 +132,7 @@ def _quantize_fake(
     _check_tensors("quantize", w=w, range=range)
     n, groups = _check_float_weight("quantize", w, group_size)
     _check_storage("quantize", dtype)
-    if range is not None:
-        shape_ok = range.dim() == 3 and range.shape[0] == n and range.shape[1] == groups and range.shape[2] == 2
-        _check(range.dtype == torch.float32 and shape_ok, "quantize", "range", f"[{n}, {groups}, 2] float32", range)
+    _check_range("quantize", range, n, groups)
     return (
         w.new_empty(w.shape, dtype=torch.uint8),
         w.new_empty((n, groups), dtype=dtype or torch.float16),
@@ -306,6 +304,79 @@ def _search_clip_fake(
     return w.new_empty((n, groups, 2), dtype=torch.float32)
 
 
+def quantize_compensated(
+    w: Tensor,
+    gram: Tensor,
+    *,
+    group_size: int,
+    zero_point: bool = True,
+    range: Tensor | None = None,
+    damping: float = 0.01,
+    act_order: bool = True,
+    passes: int = 4,
+    refit_scales: bool = True,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Round w float [n, k] to 4-bit codes that lose little in the output together, where :func:`quantize` rounds each
+    weight to nearest.
+
+    gram float32 [k, k] = mean of x^T x over tokens; the loss of a row is ``d gram d^T`` with d = dequantized - w, its
+    mean squared error over all tokens. Scales and zeros start as those of :func:`quantize` (range as there). Then
+
+    1. columns are rounded one after another, each to what is best given the errors already made, the later ones
+       free: GPTQ, in the order of gram's diagonal, the largest first (``act_order``), or from left to right. gram is
+       damped by ``damping`` (0 < damping <= 1) times the mean of its diagonal. Groups stay where they are.
+    2. ``passes`` (0..1000) times, each code moves to its best value given all others, and then, with
+       ``refit_scales``, the scale of each group, rounded to ``dtype`` (None: float16).
+    3. A row that is not better than rounded to nearest, losses summed in float32, is rounded to nearest.
+
+    Returns q uint8 [n, k], scales ``dtype`` [n, G], zeros uint8 [n, G]. CPU only. Raises RuntimeError for inputs that
+    are not finite and scales that ``dtype`` cannot hold. Sources: GPTQ (arXiv 2210.17323), whose recursion is done
+    without the inverse, as its equal, Babai's nearest plane (arXiv 2507.18553).
+    """
+    return _ops.quantize_compensated(
+        w,
+        gram,
+        group_size=group_size,
+        zero_point=zero_point,
+        range=range,
+        damping=damping,
+        act_order=act_order,
+        passes=passes,
+        refit_scales=refit_scales,
+        dtype=dtype,
+    )
+
+
+@torch.library.register_fake("awq_ext::quantize_compensated")
+def _quantize_compensated_fake(
+    w: Tensor,
+    gram: Tensor,
+    *,
+    group_size: int,
+    zero_point: bool = True,
+    range: Tensor | None = None,
+    damping: float = 0.01,
+    act_order: bool = True,
+    passes: int = 4,
+    refit_scales: bool = True,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    op = "quantize_compensated"
+    _check_tensors(op, w=w, gram=gram, range=range)
+    n, groups = _check_float_weight(op, w, group_size)
+    _check_storage(op, dtype)
+    _check_gram(op, gram, w.shape[1])
+    _check_range(op, range, n, groups)
+    torch._check(0 < damping <= 1, lambda: f"awq_ext::{op}: damping must be in (0, 1], got {damping}")
+    torch._check(0 <= passes <= 1000, lambda: f"awq_ext::{op}: passes must be 0..1000, got {passes}")
+    return (
+        w.new_empty(w.shape, dtype=torch.uint8),
+        w.new_empty((n, groups), dtype=dtype or torch.float16),
+        w.new_empty((n, groups), dtype=torch.uint8),
+    )
+
+
 def _check(condition: bool, op: str, name: str, expected: str, got: Tensor) -> None:
     torch._check(
         condition,
@@ -353,6 +424,12 @@ def _group(op: str, group_size: int, k: int) -> int:
 def _check_float_weight(op: str, w: Tensor, group_size: int) -> tuple[int, int]:
     _check(w.dtype in _FLOATS and w.dim() == 2, op, "w", "a float [out_features, in_features]", w)
     return w.shape[0], w.shape[1] // _group(op, group_size, w.shape[1])
+
+
+def _check_range(op: str, range: Tensor | None, n: int, groups: int) -> None:
+    if range is not None:
+        shape_ok = range.dim() == 3 and range.shape[0] == n and range.shape[1] == groups and range.shape[2] == 2
+        _check(range.dtype == torch.float32 and shape_ok, op, "range", f"[{n}, {groups}, 2] float32", range)
 
 
 def _check_gram(op: str, gram: Tensor, k: int) -> None:

@@ -82,7 +82,11 @@ def packed(n: int, k: int, group: int, dtype: torch.dtype = torch.float16) -> tu
 
 
 @pytest.mark.parametrize(
-    "name", ["linear", "dequantize", "quantize", "pack", "unpack", "repack", "search_scale", "search_clip"]
+    "name",
+    [
+        *("linear", "dequantize", "quantize", "pack", "unpack", "repack"),
+        *("search_scale", "search_clip", "quantize_compensated"),
+    ],
 )
 def test_every_operator_has_a_kernel(name: str) -> None:
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"awq_ext::{name}", "CUDA")
@@ -94,6 +98,8 @@ def test_searches_say_that_they_run_on_a_cpu() -> None:
         ops.search_scale(w, torch.ones(32, device=DEVICE), gram, group_size=32)
     with pytest.raises(RuntimeError, match=r"awq_ext::search_clip: the search runs on a CPU.*\.cpu\(\)"):
         ops.search_clip(w, gram, group_size=32)
+    with pytest.raises(RuntimeError, match=r"awq_ext::quantize_compensated: the search runs on a CPU.*\.cpu\(\)"):
+        ops.quantize_compensated(w, gram, group_size=32)
 
 
 def test_tensors_on_two_devices_are_refused() -> None:

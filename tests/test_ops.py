@@ -834,10 +834,14 @@ def good(op: str) -> dict[str, Any]:
             "row_weight": torch.ones(N),
         },
         "search_clip": {**float_w, "gram": torch.eye(K)},
+        "quantize_compensated": {**float_w, "gram": torch.eye(K), "range": torch.ones(N, K // G, 2)},
     }[op]
 
 
-OPS = ("linear", "dequantize", "quantize", "pack", "unpack", "repack", "search_scale", "search_clip")
+OPS = (
+    *("linear", "dequantize", "quantize", "pack", "unpack", "repack"),
+    *("search_scale", "search_clip", "quantize_compensated"),
+)
 
 
 def call(op: str, arguments: dict[str, Any]) -> Any:
@@ -883,12 +887,12 @@ BAD_TENSORS = [case for case in BAD_TENSORS if case[1] != "w" or case[2].dtype n
 BAD_VALUES: list[tuple[str, dict[str, Any], str, str]] = [  # op, arguments, what is named, what was got
     *[
         (op, {"group_size": size}, "group_size", str(size))
-        for op in ("linear", "dequantize", "quantize", "search_scale", "search_clip")
+        for op in ("linear", "dequantize", "quantize", "search_scale", "search_clip", "quantize_compensated")
         for size in (0, -2, 24, 64)
     ],
     *[
         (op, {"dtype": dtype}, "dtype must be float16, bfloat16 or float32", "got")
-        for op in ("dequantize", "quantize", "search_scale", "search_clip")
+        for op in ("dequantize", "quantize", "search_scale", "search_clip", "quantize_compensated")
         for dtype in (F64, torch.int32, torch.uint8, torch.complex64, torch.float8_e4m3fn)
     ],
     *[
@@ -922,6 +926,11 @@ BAD_VALUES: list[tuple[str, dict[str, Any], str, str]] = [  # op, arguments, wha
         for grid in (0, -1, 1001)
     ],
     *[("search_clip", {"max_shrink": x}, "max_shrink must be in [0, 1)", "got") for x in (-0.1, 1.0, float("nan"))],
+    *[
+        ("quantize_compensated", {"damping": x}, "damping must be in (0, 1]", "got")
+        for x in (0.0, -0.1, 1.1, float("nan"))
+    ],
+    *[("quantize_compensated", {"passes": x}, "passes must be 0..1000", f"got {x}") for x in (-1, 1001)],
 ]
 
 
@@ -1053,6 +1062,7 @@ def opcheck_cases() -> Iterator[tuple[str, str, dict[str, Any]]]:
             yield "quantize", f"to {dtype} {zero_point}", {"dtype": dtype, "zero_point": zero_point}
         yield "search_scale", str(dtype), {"w": randn(N, K).to(dtype), "dtype": dtype, "grid": 2}
         yield "search_clip", str(dtype), {"w": randn(N, K).to(dtype), "dtype": dtype, "grid": 2}
+        yield "quantize_compensated", str(dtype), {"w": randn(N, K).to(dtype), "dtype": dtype, "range": None}
     yield (
         "search_scale",
         "plain",
@@ -1096,6 +1106,7 @@ def large(op: str) -> list[dict[str, Any]]:
             {"w": dense, "x_mean": x.abs().mean(0), "gram": ref.gram_of(x), "group_size": 64, "grid": 5},
         ],
         "search_clip": [{"w": dense, "gram": ref.gram_of(x), "group_size": 64, "grid": 5}],
+        "quantize_compensated": [{"w": dense, "gram": ref.gram_of(x), "group_size": 64}],
     }[op]
 
 

@@ -5,6 +5,7 @@
 #include <atomic>
 #include <vector>
 
+#include "../core/compensate.h"
 #include "../core/linear.h"
 #include "../core/pack.h"
 #include "../core/plan.h"
@@ -103,6 +104,13 @@ Tensor dequantize(const Tensor& qweight, const Tensor& scales, OptionalTensor qz
   return w;
 }
 
+/// Notes a row that failed, unless `row` is -1: the first one stays, whatever thread met it.
+void lower(std::atomic<std::int64_t>& bad, std::int64_t row) noexcept {
+  std::int64_t first = bad.load();
+  while (row >= 0 && row < first && !bad.compare_exchange_weak(first, row)) {
+  }
+}
+
 std::tuple<Tensor, Tensor, Tensor> quantize(const Tensor& w, std::int64_t group_size, bool zero_point,
                                             OptionalTensor range, std::optional<ScalarType> dtype) {
   const auto [n, k, group, groups] = check_float_weight("quantize", w, group_size);
@@ -126,13 +134,9 @@ std::tuple<Tensor, Tensor, Tensor> quantize(const Tensor& w, std::int64_t group_
                                 float_type("quantize", "w", w),
                                 type,
                                 zero_point};
-  std::atomic<std::int64_t> bad{n};  // the first row that failed, whatever thread met it
+  std::atomic<std::int64_t> bad{n};
   parallel_for(0, n, grain(k * 5), [&](std::int64_t begin, std::int64_t end) noexcept {
-    const std::int64_t row = core::quantize_rows(args, begin, end);
-    if (row < 0) return;
-    std::int64_t first = bad.load();
-    while (row < first && !bad.compare_exchange_weak(first, row)) {
-    }
+    lower(bad, core::quantize_rows(args, begin, end));
   });
   STD_TORCH_CHECK(bad == n, "awq_ext::quantize: row ", bad.load(),
                   " of w (or of range) has a NaN, an infinity, or values too large for a scale of the dtype asked for; "
@@ -340,6 +344,73 @@ Tensor search_clip(const Tensor& w, const Tensor& gram, std::int64_t group_size,
   return range;
 }
 
+std::tuple<Tensor, Tensor, Tensor> quantize_compensated(const Tensor& w, const Tensor& gram, std::int64_t group_size,
+                                                        bool zero_point, OptionalTensor range, double damping,
+                                                        bool act_order, std::int64_t passes, bool refit_scales,
+                                                        std::optional<ScalarType> dtype) {
+  const char* op = "quantize_compensated";
+  const auto [n, k, group, groups] = check_float_weight(op, w, group_size);
+  check_gram(op, gram, k);
+  check_range(op, range, w, {n, k, group, groups});
+  STD_TORCH_CHECK(damping > 0 && damping <= 1, "awq_ext::quantize_compensated: damping must be in (0, 1], got ",
+                  damping);
+  STD_TORCH_CHECK(passes >= 0 && passes <= 1000, "awq_ext::quantize_compensated: passes must be 0..1000, got ", passes);
+  const core::DType type = scale_type(op, dtype);
+  const core::Kernels& level = core::best_kernels();
+  const Tensor weight = contiguous(torch::stable::to(w, ScalarType::Float)), second_moment = contiguous(gram);
+  const OptionalTensor ends = contiguous_or_none(range);
+  check_finite(op, "w", weight);
+  check_finite(op, "gram", second_moment);
+  const auto* moments = static_cast<const float*>(second_moment.const_data_ptr());
+
+  Tensor columns = new_empty(w, {k}, ScalarType::Long), factor = new_empty(w, {k, k}, ScalarType::Float);
+  auto* order = static_cast<std::int64_t*>(columns.mutable_data_ptr());
+  core::compensation_order(moments, k, act_order, order);
+  {
+    Tensor work = new_empty(w, {k, k}, ScalarType::Double);
+    auto* a = static_cast<double*>(work.mutable_data_ptr());
+    const double lambda = core::damp_gram(moments, order, k, damping, a);
+    for (std::int64_t p = 0; p < k; p += core::kFactorBlock) {
+      core::factor_panel(a, k, p, lambda);
+      const std::int64_t first = p + core::kFactorBlock;
+      for_items(w, (k - first + core::kFactorBlock - 1) / core::kFactorBlock, 0,
+                [&](std::int64_t item, float*) noexcept {
+                  core::factor_trailing(level, a, k, p, first + item * core::kFactorBlock);
+                });
+    }
+    core::factor_rows(a, k, static_cast<float*>(factor.mutable_data_ptr()));
+  }
+
+  Tensor q = new_empty(w, {n, k}, ScalarType::Byte);
+  Tensor scales = new_empty(w, {n, groups}, to_scalar_type(type));
+  Tensor zeros = new_empty(w, {n, groups}, ScalarType::Byte);
+  const core::CompensateArgs args{static_cast<const float*>(weight.const_data_ptr()),
+                                  ends ? static_cast<const float*>(ends->const_data_ptr()) : nullptr,
+                                  moments,
+                                  static_cast<const float*>(factor.const_data_ptr()),
+                                  order,
+                                  static_cast<std::uint8_t*>(q.mutable_data_ptr()),
+                                  scales.mutable_data_ptr(),
+                                  static_cast<std::uint8_t*>(zeros.mutable_data_ptr()),
+                                  n,
+                                  k,
+                                  group,
+                                  passes,
+                                  type,
+                                  zero_point,
+                                  refit_scales};
+  std::atomic<std::int64_t> bad{n};
+  const std::int64_t blocks = (n + core::kCompensateRows - 1) / core::kCompensateRows;
+  for_items(w, blocks, core::compensate_scratch_size(args), [&](std::int64_t item, float* scratch) noexcept {
+    const std::int64_t begin = item * core::kCompensateRows;
+    lower(bad, core::compensate_rows(level, args, begin, std::min(begin + core::kCompensateRows, n), scratch));
+  });
+  STD_TORCH_CHECK(bad == n, "awq_ext::quantize_compensated: row ", bad.load(),
+                  " of w (or of range) has a NaN, an infinity, or values too large for a scale of the dtype asked for; "
+                  "weights must be finite");
+  return {q, scales, zeros};
+}
+
 }  // namespace
 }  // namespace awq::ops
 
@@ -352,4 +423,5 @@ STABLE_TORCH_LIBRARY_IMPL(awq_ext, CPU, m) {
   m.impl("repack", TORCH_BOX(&awq::ops::repack));
   m.impl("search_scale", TORCH_BOX(&awq::ops::search_scale));
   m.impl("search_clip", TORCH_BOX(&awq::ops::search_clip));
+  m.impl("quantize_compensated", TORCH_BOX(&awq::ops::quantize_compensated));
 }

@@ -165,6 +165,12 @@ Tensor search_clip(const Tensor&, const Tensor&, std::int64_t, std::int64_t, dou
   refuse_search("search_clip", "w, gram");
 }
 
+std::tuple<Tensor, Tensor, Tensor> quantize_compensated(const Tensor&, const Tensor&, std::int64_t, bool,
+                                                        OptionalTensor, double, bool, std::int64_t, bool,
+                                                        std::optional<ScalarType>) {
+  refuse_search("quantize_compensated", "w, gram, range");
+}
+
 }  // namespace
 }  // namespace awq::ops
 
@@ -177,4 +183,5 @@ STABLE_TORCH_LIBRARY_IMPL(awq_ext, CUDA, m) {
   m.impl("repack", TORCH_BOX(&awq::ops::repack));
   m.impl("search_scale", TORCH_BOX(&awq::ops::search_scale));
   m.impl("search_clip", TORCH_BOX(&awq::ops::search_clip));
+  m.impl("quantize_compensated", TORCH_BOX(&awq::ops::quantize_compensated));
 }
