@@ -6,21 +6,26 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from awq_ext.atomic import replace_directory
+from awq_ext.atomic import replace_directory, sync
 from awq_ext.checkpoint import check_replaceable, is_weight_file
-from awq_ext.config import QuantConfig
+from awq_ext.config import GPTQ, QuantConfig
 from awq_ext.errors import CheckpointError
 from awq_ext.format import INDEX, LEGACY_QUANT_FILES, PICKLES, SINGLE, Checkpoint, inside, read_json
 from awq_ext.layouts import Layout, layouts
 from awq_ext.pickled import read_state_dict
 from awq_ext.progress import Progress, Task
-from awq_ext.relayout import Converted, Target
-from awq_ext.storage import Writer
+from awq_ext.relayout import Converted, Target, one_thread
+from awq_ext.storage import DTYPES, Writer, write_order
 
+# Files of weights beside safetensors and pickles: they would not be what config.json says.
+WEIGHTS = ("*.safetensors", "*.index.json", "*.gguf", "*.onnx", "*.h5", "*.msgpack")
+SYNC_BYTES = 64 * 2**20  # so many are handed to the disk at a time, rather than all at the end
 # Modules whose weight is a matrix, but no linear's: no reader has to be told that they are not quantized.
 NO_LINEAR = re.compile(r"(^|[._])(embed\w*|wte|wpe|\w*norm\w*|ln_\w+)$")
 
@@ -43,10 +48,14 @@ def convert(
     ``src`` is a directory or a hub repository (further arguments as for :func:`awq_ext.hub.resolve`), ``to`` a name of
     :func:`awq_ext.layouts.layouts`. Codes, scales and zeros are the same afterwards, bit for bit; only
     "gemv_fast" and "llm-awq" store ``-(scale * zero)`` rounded to the type of the scales, from which the zero comes
-    back whole. Files keep their names and tensors their order; config.json gets the new quantization_config, and the
-    other files (tokenizer, generation_config.json ...) are copied. Memory: the largest tensor of a quantized linear and
-    a few megabytes. All is written beside ``dst`` and synced, then put in its place in one step (see
-    :func:`awq_ext.atomic.replace_directory`); ``dst`` may be an older checkpoint, also ``src`` itself.
+    back whole. Shards keep their names (a single file is called model.safetensors), config.json gets the new
+    quantization_config, and the other files beside it are copied (tokenizer, generation_config.json, LICENSE ...), but
+    no weights in other formats, hidden files or directories. Memory: the largest tensor of a quantized linear and a few
+    megabytes.
+
+    ``dst`` may be new or an older checkpoint, also ``src`` itself; it is the old or the new one at every moment, whole
+    (see :func:`awq_ext.atomic.replace_directory`). All is written beside it, config.json last: what a killed process
+    leaves there, until the next conversion to ``dst`` removes it, does not open as a checkpoint unless complete.
 
     ``src`` may also be the file that llm-awq's ``--dump_quant`` writes (a ``.pt`` of v2 tensors), read as
     :func:`awq_ext.pickled.read_state_dict` says and only with ``allow_pickle``. Such a file has neither config nor
@@ -85,51 +94,93 @@ def _open_pickled(
 def write_converted(checkpoint: Checkpoint, out: Path, layout: Layout, progress: Progress) -> Path:
     """:func:`convert` of an open checkpoint; files beside its config.json are copied along."""
     out = out.expanduser().absolute()
-    check_replaceable(out)
-    converted = Converted(checkpoint, layout)
-    converted.check(progress)
-    config = checkpoint.config | {"quantization_config": _quant_config(converted)}
-    shards: dict[str, list[Target]] = {}
-    for target in converted.info.values():
-        shards.setdefault(_shard(target), []).append(target)
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        needed = sum(target.nbytes for target in converted.info.values())
-        free = shutil.disk_usage(out.parent).free
-        if needed > free:
-            raise CheckpointError(f"{out} needs {needed / 1e9:.2f} GB, but {out.parent} has {free / 1e9:.2f} GB free")
-        with replace_directory(out, is_stale=is_weight_file) as partial:
-            for file in _side_files(checkpoint.path):
-                shutil.copyfile(file, partial / file.name)
-            _write_json(partial / "config.json", config)
-            with progress.task(f"convert to {layout.name}", len(converted.info)) as task:
-                for shard, targets in shards.items():
-                    _write_shard(partial / shard, converted, targets, task)
-            if len(shards) > 1:
-                _write_json(partial / INDEX, _index(converted))
-            Checkpoint.open(partial)
-    except OSError as error:
+        check_replaceable(out)
+        side_files = _side_files(checkpoint.path)
+        with one_thread():
+            converted = Converted(checkpoint, layout)
+            converted.check(progress)
+            config = checkpoint.config | {"quantization_config": _quant_config(converted)}
+            shards = _shards(converted)
+            with replace_directory(out, is_stale=_stale(out)) as partial:
+                _check_space(out, converted)
+                for file in side_files:
+                    shutil.copyfile(file, partial / file.name)
+                with progress.task(f"convert to {layout.name}", len(converted.info)) as task:
+                    _write_shards(partial, shards, converted, task)
+                if len(shards) > 1:
+                    _write_json(partial / INDEX, _index(shards))
+                _write_json(partial / "config.json", config)  # last: without it, nothing opens as a checkpoint
+                Checkpoint.open(partial)
+    except (OSError, MemoryError) as error:
         raise CheckpointError(f"{out} could not be written, and is as it was before: {error}") from error
     return out
 
 
-def _shard(target: Target) -> str:
-    """The file that a tensor goes to: of the same name, but for a pickle."""
-    return target.shard if target.shard.endswith(".safetensors") else SINGLE
+def _check_space(out: Path, converted: Converted) -> None:
+    needed = sum(target.nbytes for target in converted.info.values())
+    free = shutil.disk_usage(out.parent).free
+    if needed > free:
+        raise CheckpointError(f"{out} needs {needed / 1e9:.2f} GB, but {out.parent} has {free / 1e9:.2f} GB free")
 
 
-def _write_shard(file: Path, converted: Converted, targets: list[Target], task: Task) -> None:
-    with Writer(file, [(t.name, t.dtype, t.shape) for t in targets], {"format": "pt"}) as writer:
+def _stale(out: Path) -> Callable[[str], bool]:
+    """Tells of the files in ``out`` which the new checkpoint replaces, though it has none of that name."""
+    try:
+        shards = Checkpoint.open(out).shards if out.exists() else []
+    except CheckpointError:
+        shards = []  # a damaged one: its shards are known if they have the usual names
+    return lambda name: is_weight_file(name) or name in shards
+
+
+def _shards(converted: Converted) -> dict[str, list[Target]]:
+    """What each file will hold, in the order of the format: the source's names, but the usual one for a single file."""
+    shards: dict[str, dict[str, Target]] = {}
+    for name, target in converted.info.items():
+        if target.dtype not in DTYPES:
+            raise CheckpointError(f"{target.source}: dtype {target.dtype!r} is unknown, so it cannot be written")
+        shards.setdefault(target.shard, {})[name] = target
+    if len(shards) == 1:
+        shards = {SINGLE: converted.info}
+    order = {shard: write_order({n: (t.dtype, t.shape) for n, t in held.items()}) for shard, held in shards.items()}
+    return {shard: [held[name] for name in order[shard]] for shard, held in shards.items()}
+
+
+def _write_shards(partial: Path, shards: dict[str, list[Target]], converted: Converted, task: Task) -> None:
+    with ThreadPoolExecutor(1) as syncing:
+        synced = []
+        for shard, targets in shards.items():
+            synced += _write_shard(partial / shard, targets, converted, task, syncing)
+        for done in synced:
+            done.result()
+
+
+def _write_shard(
+    file: Path, targets: list[Target], converted: Converted, task: Task, syncing: ThreadPoolExecutor
+) -> list[Future[None]]:
+    """While a piece is written, the next one is made, and what was written before goes to the disk."""
+    header = [(target.name, target.dtype, target.shape) for target in targets]
+    synced, unsynced = [], 0
+    # The pool inside: it has to be done before the file is closed, also after an error.
+    with Writer(file, header, {"format": "pt"}) as writer, ThreadPoolExecutor(1) as writing:
+        written: Future[None] = writing.submit(lambda: None)
         for target in targets:
             for piece in converted.pieces(target.name):
-                writer.write(target.name, piece)
+                written.result()
+                written = writing.submit(writer.write, target.name, piece)
+                unsynced += len(piece)
+                if unsynced >= SYNC_BYTES:
+                    synced.append(syncing.submit(sync, file))
+                    unsynced = 0
             task.advance(1, note=target.name)
+        written.result()
+    return [*synced, syncing.submit(sync, file)]
 
 
-def _index(converted: Converted) -> dict[str, Any]:
-    places = {name: _shard(target) for name, target in sorted(converted.info.items())}
-    size = sum(target.nbytes for target in converted.info.values())
-    return {"metadata": {"total_size": size}, "weight_map": places}
+def _index(shards: dict[str, list[Target]]) -> dict[str, Any]:
+    places = {target.name: shard for shard, targets in shards.items() for target in targets}
+    size = sum(target.nbytes for targets in shards.values() for target in targets)
+    return {"metadata": {"total_size": size}, "weight_map": dict(sorted(places.items()))}
 
 
 def _write_json(file: Path, fields: dict[str, Any]) -> None:
@@ -140,12 +191,10 @@ def _side_files(path: Path) -> list[Path]:
     """The files of a checkpoint that are neither weights nor say how the weights are stored."""
     found = []
     for file in sorted(path.iterdir()):
-        weights = file.suffix == ".safetensors" or file.name.endswith(".index.json")
-        pickle = any(file.match(pattern) for pattern in PICKLES)
-        if file.name.startswith(".") or weights or pickle or file.name in ("config.json", *LEGACY_QUANT_FILES):
+        skipped = any(file.match(pattern) for pattern in (*PICKLES, *WEIGHTS, ".*"))
+        if skipped or file.name in ("config.json", *LEGACY_QUANT_FILES) or not os.path.isfile(file):
             continue
-        if inside(path, file.name).is_file():
-            found.append(file)
+        found.append(inside(path, file.name))
     return found
 
 
@@ -153,7 +202,9 @@ def _quant_config(converted: Converted) -> dict[str, Any]:
     """The quantization_config that is true of the converted tensors."""
     checkpoint, layout = converted.checkpoint, converted.layout
     sizes = {linear.group_size for linear in checkpoint.linears.values()}
-    zero_point = layout.zeros != "none" and not converted.symmetric
+    zero_point = any(f"{name}.{layout.zeros_name}" in converted.info for name in converted.linears)
+    if layout.name in GPTQ:  # its readers choose faster kernels for a model that is said to be symmetric
+        zero_point = not converted.symmetric
     quant = replace(
         checkpoint.quant,
         version=layout.name,
@@ -161,7 +212,12 @@ def _quant_config(converted: Converted) -> dict[str, Any]:
         zero_point=zero_point,
         modules_to_not_convert=tuple(_plain_linears(checkpoint)),
     )
-    return quant.to_dict()
+    fields = quant.to_dict()
+    if "ignore" in fields:  # a head is usually not quantized
+        fields["ignore"] = [name for name in fields["ignore"] if name not in converted.linears]
+    if "lm_head" in fields:
+        fields["lm_head"] = "lm_head" in converted.linears
+    return fields
 
 
 def _plain_linears(checkpoint: Checkpoint) -> list[str]:

@@ -1,6 +1,6 @@
 """A checkpoint's tensors as they are in another layout, one by one.
 
-A weight's words are moved by ``_native.repack``, block by block into a small buffer, so that what is held at a time is
+A weight's words are moved by ``_native.repack``, block by block into small buffers, so that what is held at a time is
 one tensor and a few megabytes. Scales and zeros, a thirtieth of the weight, go through
 :class:`awq_ext.layouts.Groups`. Everything that is not a part of a quantized linear is copied.
 """
@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,7 +24,7 @@ from awq_ext.layouts import SYMMETRIC_ZERO, Layout, write_groups
 from awq_ext.progress import Progress
 from awq_ext.storage import DTYPES, TensorInfo, bytes_of
 
-PIECE = 4 * 2**20  # bytes that are handed on at a time
+PIECE = 2**20  # bytes that are handed on at a time: what is still in a cache when it is written
 
 
 @dataclass(frozen=True)
@@ -60,14 +63,16 @@ class Converted:
         self.path, self.config, self.linears = checkpoint.path, checkpoint.config, checkpoint.linears
         self.activations = checkpoint.activations
         self.same = layout is checkpoint.layout
-        # Where zeros may be left out, they are if all are 8. Only reading them tells.
-        self.symmetric = not self.same and layout.zeros_optional and self._all_zeros_are_8()
+        # Where zeros may be left out, they are if all are 8.
+        self._without_zeros = not self.same and layout.zeros_optional and self.symmetric
         self.info: dict[str, Target] = {}
         for name, tensor in sorted(checkpoint.info.items(), key=lambda item: (item[1].shard, item[1].begin)):
             for target in self._targets(name, tensor):
                 self.info[target.name] = target
 
-    def _all_zeros_are_8(self) -> bool:
+    @cached_property
+    def symmetric(self) -> bool:
+        """Whether all zeros are 8. Only reading them tells; raises as :meth:`Checkpoint.groups`."""
         return all(bool((self.checkpoint.groups(name).zeros == SYMMETRIC_ZERO).all()) for name in self.linears)
 
     def _targets(self, name: str, tensor: TensorInfo) -> Iterator[Target]:
@@ -84,7 +89,7 @@ class Converted:
             raise CheckpointError(f"{tensor}: {reason}; choose another layout")
         scales = self.checkpoint.info[f"{owner}.{own.scales_name}"]
         expected = layout.tensors(n, k, g, (scales.dtype,))
-        if self.symmetric:
+        if self._without_zeros:
             expected.pop(layout.zeros_name)
         replaced = {
             own.weight_name: layout.weight_name,
@@ -100,11 +105,10 @@ class Converted:
 
     def check(self, progress: Progress) -> None:
         """Read scales and zeros of every linear, and raise CheckpointError for what the layout cannot hold."""
-        if not self.same:
-            with progress.task("check", len(self.linears)) as task:
-                for name in self.linears:
-                    self._groups(name)
-                    task.advance(1, note=name)
+        with progress.task("check", len(self.linears)) as task:
+            for name in self.linears:
+                self._groups(name)
+                task.advance(1, note=name)
 
     def get(self, name: str) -> Tensor:
         """One tensor on the CPU. Raises CheckpointError if it cannot be read, or converted without loss."""
@@ -130,7 +134,10 @@ class Converted:
             yield name, self.get(name)
 
     def pieces(self, name: str) -> Iterator[memoryview]:
-        """The bytes of a tensor, front to back, at most a few megabytes each; valid until the next is asked for."""
+        """The bytes of a tensor, front to back, in pieces of a few megabytes.
+
+        A piece keeps its content until the next but one is asked for, so that it can be written while the next is made.
+        """
         target = self.info[name]
         part = name.rpartition(".")[2]
         if target.linear is None:
@@ -144,18 +151,18 @@ class Converted:
         native = _library.native()
         linear = self.linears[str(target.linear)]
         n, k = linear.out_features, linear.in_features
-        source = bytearray(target.source.nbytes)
+        source = _memory(target.source.nbytes)
         target.source.read_into(source)
         codes = self.layout.weight
         outer, tile = (n, codes.tile[0]) if codes.outer == "out_features" else (k, codes.tile[1])
         row_bytes = target.shape[1] * codes.word_bits // 8
         blocks = -(-outer // native.BLOCK)
         step = max(1, PIECE // (native.BLOCK // tile * row_bytes))
-        buffer = bytearray(step * (native.BLOCK // tile) * row_bytes)
-        for begin in range(0, blocks, step):
+        buffers = [_memory(step * (native.BLOCK // tile) * row_bytes) for _ in range(2)]
+        for turn, begin in enumerate(range(0, blocks, step)):
             end = min(begin + step, blocks)
             rows = -(-min(end * native.BLOCK, outer) // tile) - begin * native.BLOCK // tile
-            piece = memoryview(buffer)[: rows * row_bytes]
+            piece = buffers[turn % 2][: rows * row_bytes]
             native.repack(source, piece, self.checkpoint.layout.name, self.layout.name, n, k, begin, end)
             yield piece
 
@@ -177,8 +184,25 @@ class Converted:
 
 
 def _copied(tensor: TensorInfo) -> Iterator[memoryview]:
-    buffer = memoryview(bytearray(min(PIECE, tensor.nbytes)))
-    for begin in range(0, tensor.nbytes, PIECE):
-        piece = buffer[: min(PIECE, tensor.nbytes - begin)]
+    buffers = [_memory(min(PIECE, tensor.nbytes)) for _ in range(2)]
+    for turn, begin in enumerate(range(0, tensor.nbytes, PIECE)):
+        piece = buffers[turn % 2][: min(PIECE, tensor.nbytes - begin)]
         tensor.read_into(piece, begin)
         yield piece
+
+
+def _memory(nbytes: int) -> memoryview:
+    """Memory that has not been touched yet: a bytearray would be filled with zeros first."""
+    return np.empty(nbytes, np.uint8).data
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Let torch compute in one thread. Scales and zeros are small: waiting for other threads, which takes milliseconds
+    where other programs run, would be most of the time."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
