@@ -31,8 +31,11 @@ def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """An ``object_pairs_hook``: the object, if no key occurs twice."""
     result = dict(pairs)
     if len(result) != len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"duplicate key {next(key for key in keys if keys.count(key) > 1)!r}")
+        seen = set()
+        for key, _ in pairs:
+            if key in seen:
+                raise ValueError(f"duplicate key {key!r:.100}")
+            seen.add(key)
     return result
 
 

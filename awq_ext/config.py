@@ -195,7 +195,7 @@ def _version(d: Mapping[str, Any], method: str, where: str) -> str | None:
             version = next((name for part, name in (("gptq", "gptq"), ("awq", "gemm")) if part in version), None)
     if version is None:
         return "gptq" if method == "gptq" else None
-    if not isinstance(version, str):
-        raise _fail(where, key, "a string", version)
+    if not isinstance(version, str) or len(version) > 100:
+        raise _fail(where, key, "the name of a layout", version)
     version = version.lower()
     return SAME.get(version, version)

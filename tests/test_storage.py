@@ -587,6 +587,12 @@ def test_json_that_is_refused(text: bytes, message: str) -> None:
         bounded_json.loads(text)
 
 
+def test_a_key_that_comes_twice_is_found_in_one_pass() -> None:
+    text = "{" + ",".join(f'"{i}":0' for i in range(150_000)) + ',"149999":0}'  # comparing all pairs takes minutes
+    with pytest.raises(ValueError, match="duplicate key '149999'"):
+        bounded_json.loads(text.encode())
+
+
 def test_strings_of_many_escapes_are_strings() -> None:
     value = {"a": '"' * 10_000 + "\\" * 10_001, "b": "[{" * 1000}
     assert bounded_json.loads(json.dumps(value).encode()) == value
