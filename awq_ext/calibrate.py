@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pydoc_data.topics
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from numbers import Integral
@@ -234,10 +235,74 @@ class BlockInputs:
                 f"the model called {len(self._arguments)} of its {len(blocks)} blocks on the calibration data"
             )
         self.hidden = torch.cat(states)
+        self.quantized = torch.empty(0)
+        """The hidden states in front of the same block of the quantized model, for who moves them on, too."""
 
-    def run(self, index: int, block: nn.Module) -> Tensor:
-        """The block's output for all windows."""
-        return torch.cat([self._call(index, block, rows) for rows in self.hidden.split(self.batch)])
+    def run(self, index: int, block: nn.Module, hidden: Tensor | None = None) -> Tensor:
+        """The block's output for all windows; hidden: its inputs, None: those of the original model."""
+        hidden = self.hidden if hidden is None else hidden
+        return torch.cat([self._call(index, block, rows) for rows in hidden.split(self.batch)])
+
+    def stages(self, index: int, block: nn.Module, linears: Mapping[str, nn.Module]) -> list[list[list[str]]]:
+        """The names of the linears in the order in which the block calls them.
+
+        Linears that read the same tensor are one list. Lists whose first names differ in their numbers only (the
+        experts of a mixture) are one stage, as are those that the block did not call on the windows looked at.
+        """
+        calls: list[tuple[Tensor, list[str]]] = []  # the tensor is kept, so that no other one can take its place
+
+        def watch(name: str) -> Any:
+            def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
+                if any(name in names for _, names in calls):
+                    return
+                names = next((names for read, names in calls if read is args[0]), None)
+                if names is None:
+                    calls.append((args[0], [name]))
+                else:
+                    names.append(name)
+
+            return hook
+
+        hooks = [linear.register_forward_pre_hook(watch(name)) for name, linear in linears.items()]
+        try:
+            self._call(index, block, self.quantized[: self.batch])
+        finally:
+            for hook in hooks:
+                hook.remove()
+        stages: dict[str, list[list[str]]] = {}
+        for _, names in calls:
+            stages.setdefault(re.sub(r"\d+", "#", names[0]), []).append(names)
+        called = {name for _, names in calls for name in names}
+        missed = [[name] for name in linears if name not in called]
+        return [*stages.values(), missed] if missed else list(stages.values())
+
+    def quantized_statistics(
+        self, index: int, block: nn.Module, readers: Mapping[str, nn.Module]
+    ) -> dict[str, Statistics]:
+        """What these modules read in the quantized model; the block is run no further than to the last of them."""
+        waiting: set[str] = set()
+
+        def stop_after(name: str) -> Any:
+            def hook(_: nn.Module, __: tuple[Any, ...]) -> None:
+                waiting.discard(name)
+                if not waiting:
+                    raise _Stop
+
+            return hook
+
+        with watching(readers) as statistics:
+            hooks = [module.register_forward_pre_hook(stop_after(name)) for name, module in readers.items()]
+            try:
+                for rows in self.quantized.split(self.batch):
+                    waiting.update(readers)
+                    try:
+                        self._call(index, block, rows)
+                    except _Stop:
+                        continue
+            finally:
+                for hook in hooks:
+                    hook.remove()
+        return statistics
 
     def _call(self, index: int, block: nn.Module, rows: Tensor) -> Tensor:
         args, kwargs = self._arguments[index]

@@ -133,7 +133,13 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--group-size", type=_group_size, default=128, metavar="G", help="input channels that share a scale"
     )
-    sub.add_argument("--method", choices=("awq", "rtn"), default="awq", help="rtn: round to nearest, no calibration")
+    sub.add_argument(
+        "--method",
+        choices=("awq", "awq+", "gptq", "rtn"),
+        default="awq",
+        help="awq+: awq with the codes of a weight chosen together; gptq: that without scales; "
+        "rtn: round to nearest, no calibration",
+    )
     sub.add_argument("--calibration", metavar="FILE_OR_DATASET", help="text like that the model will work on")
     sub.add_argument(
         "--samples", type=_positive, metavar="N", help="calibration windows (default: 128, without --calibration 32)"
@@ -231,7 +237,7 @@ def _quantize(args: argparse.Namespace) -> Output:
     out = Path(args.out).expanduser().absolute()
     check_replaceable(out)  # before the minutes of work
     source = resolve(args.model)
-    calibrates = args.method == "awq" and args.search_results is None
+    calibrates = args.method != "rtn" and args.search_results is None
     if args.calibration is not None and not calibrates:
         raise AwqError("--calibration has no use with --search-results or --method rtn, which look at no text")
     tokenizer = load_tokenizer(source) if calibrates else None

@@ -82,16 +82,26 @@ class AwqLinear(nn.Module):
         weight = linear.weight.detach()
         if dtype is None:
             dtype = weight.dtype if weight.dtype in (torch.float16, torch.bfloat16) else torch.float16
-        module = cls(
-            linear.in_features, linear.out_features, linear.bias is not None, group_size=group_size, device="meta"
+        reason = why_not(linear.in_features, linear.out_features, group_size)
+        if reason is not None:
+            raise ValueError(f"AwqLinear: {reason}")
+        return cls.from_codes(
+            linear, *ops.quantize(weight, group_size=group_size, zero_point=zero_point, range=range, dtype=dtype)
         )
-        q, scales, zeros = ops.quantize(
-            weight, group_size=module.group_size, zero_point=zero_point, range=range, dtype=dtype
-        )
+
+    @classmethod
+    def from_codes(cls, linear: nn.Linear, q: Tensor, scales: Tensor, zeros: Tensor) -> "AwqLinear":
+        """Replace a linear's weight by codes and parameters as :func:`awq_ext.ops.quantize` returns them.
+
+        q uint8 [n, k], scales [n, G] in the dtype that bias will have, too, zeros uint8 [n, G]. Raises ValueError for
+        shapes that AwqLinear refuses, RuntimeError for codes above 15.
+        """
+        n, k = q.shape
+        module = cls(k, n, linear.bias is not None, group_size=k // scales.shape[1], device="meta")
         module.qweight = ops.pack(q)
         module.qzeros = ops.pack(zeros)
         module.scales = scales.t().contiguous()
-        module.bias = None if linear.bias is None else linear.bias.detach().to(dtype, copy=True)
+        module.bias = None if linear.bias is None else linear.bias.detach().to(scales.dtype, copy=True)
         return module.train(linear.training)
 
     @torch.jit.unused

@@ -26,7 +26,9 @@ from awq_ext.report import FoldReport, LinearReport, Report
 from awq_ext.swap import NEVER_CONVERTED, Decision, decide
 
 GRID = 20
-METHODS = ("awq", "rtn")
+METHODS = ("awq", "awq+", "gptq", "rtn")
+COMPENSATING = ("awq+", "gptq")
+"""Methods that choose the codes of a weight together, see :func:`awq_ext.ops.quantize_compensated`."""
 
 
 def quantize(
@@ -64,7 +66,10 @@ def quantize(
         q_group_size: input channels that share a scale and a zero; -1 is all of them.
         zero_point: asymmetric codes (AutoAWQ's default). False: every zero is 8.
         modules_to_not_convert: parts of names; linears whose full name contains one stay as they are.
-        method: ``"awq"``, or ``"rtn"`` (round-to-nearest, no calibration).
+        method: ``"awq"``: scales and clipped ranges are searched, weights rounded to nearest. ``"awq+"``: the same
+            scales, but the codes of a weight are chosen together, linear after linear, each for the inputs that the
+            linears rounded before it produce (see :func:`awq_ext.ops.quantize_compensated`). ``"gptq"``: that
+            without scales. ``"rtn"``: round-to-nearest, no calibration. All write the same format.
         duo_scaling: also try scales that take the weights into account.
         apply_clip: also search for the range of each group.
         quant_config: AutoAWQ's dictionary; its ``w_bit``, ``q_group_size``, ``zero_point``, ``version`` and
@@ -245,10 +250,12 @@ class _Quantizer:
 
     def run(self, windows: Callable[[], Tensor]) -> Report:
         inputs = None
-        if self.method == "awq" and self.plan is None:
+        if self.method != "rtn" and self.plan is None:
             ids = windows()
             self._check_tokens(ids)
             inputs = BlockInputs(self.model, self.blocks, ids)
+            if self.method in COMPENSATING:
+                inputs.quantized = inputs.hidden
             self.report.calibration_tokens = ids.numel()
         with self.progress.task("quantize blocks", total=len(self.blocks)) as task:
             for index in range(len(self.blocks)):
@@ -296,15 +303,19 @@ class _Quantizer:
         if inputs is not None:
             for parameter in block.parameters():
                 parameter.requires_grad_(False)
-            self.sensitivity = inputs.sensitivity(index, block, linears, self.generator)
+            if self.method != "gptq":
+                self.sensitivity = inputs.sensitivity(index, block, linears, self.generator)
             reads = self._collect(block, prefix, linears, index, inputs)
         before = {
             name: _relative_error(linears[name].weight, reads[name].gram, self._round(linears[name])) for name in reads
         }
-        for fold in self.family.folds if reads else ():
+        for fold in self.family.folds if reads and self.method != "gptq" else ():
             self._fold(block, prefix, fold, linears, reads, dtypes)
+        compensated = {}
+        if inputs is not None and self.method in COMPENSATING:
+            compensated = self._compensate(index, block, linears, reads, inputs)
         for name, linear in linears.items():
-            quantized = self._quantize(linear, reads.get(name))
+            quantized = compensated[name] if compensated else self._quantize(linear, reads.get(name))
             entry = LinearReport(prefix + name, linear.in_features, linear.out_features)
             if name in reads:
                 entry.error_rtn = before[name]
@@ -395,6 +406,39 @@ class _Quantizer:
             linear.weight.detach().cpu(), read.gram, group_size=self.group_size, zero_point=self.zero_point
         )
         return self._round(linear, range.to(linear.weight.device))
+
+    def _compensate(
+        self,
+        index: int,
+        block: nn.Module,
+        linears: Mapping[str, nn.Linear],
+        reads: Mapping[str, _Input],
+        inputs: BlockInputs,
+    ) -> dict[str, AwqLinear]:
+        """Quantize the linears in the order in which the block calls them, each for the inputs that it will get.
+
+        Those come through everything that is quantized before, in this block and in those in front of it, so a
+        linear makes up for some of the errors made there. The linears in the block are replaced.
+        """
+        done: dict[str, AwqLinear] = {}
+        for stage in inputs.stages(index, block, linears):
+            statistics = inputs.quantized_statistics(index, block, {names[0]: linears[names[0]] for names in stage})
+            for names in stage:
+                seen = statistics[names[0]]
+                # An expert may get its tokens from the original model's router only.
+                gram = seen.result(names[0])[1] if seen.tokens else reads[names[0]].gram
+                for name in names:
+                    done[name] = self._quantize_compensated(linears[name], gram)
+                    block.set_submodule(name, done[name])
+        inputs.quantized = inputs.run(index, block, inputs.quantized)
+        return done
+
+    def _quantize_compensated(self, linear: nn.Linear, gram: Tensor) -> AwqLinear:
+        weight = linear.weight.detach().cpu()
+        options: dict[str, Any] = {"group_size": self.group_size, "zero_point": self.zero_point}
+        range = ops.search_clip(weight, gram, **options) if self.apply_clip else None
+        codes = ops.quantize_compensated(weight, gram, range=range, dtype=torch.float16, **options)
+        return AwqLinear.from_codes(linear, *(part.to(linear.weight.device) for part in codes))
 
 
 class _Input:
