@@ -19,6 +19,7 @@ try:
     from awq_ext.linear import AwqLinear
     from awq_ext.quantizer import quantize
     from awq_ext.swap import replace_linears
+    from awq_ext.verify import verify
 except LibraryError as error:
     # Nothing works without the libraries, but `awq-ext doctor` has to run to say why: so the import warns, and using
     # any of the names raises.
@@ -47,4 +48,5 @@ __all__ = [
     "quantize",
     "replace_linears",
     "save_quantized",
+    "verify",
 ]

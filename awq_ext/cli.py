@@ -179,6 +179,10 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--group-size", type=_group_size, metavar="G", help="of a .pt file (default: 128)")
     _add_allow_pickle(sub)
 
+    sub = command("verify", _verify, "Read all of a quantized checkpoint and say what is wrong (exit code 1) or odd.")
+    sub.add_argument("checkpoint", metavar="DIR", help="directory or hub name of a quantized checkpoint")
+    sub.add_argument("--against", metavar="DIR", help="directory or hub name of the original model, to compare with")
+
     sub = command("inspect", _inspect, "What is in a quantized checkpoint; reads no weights.")
     sub.add_argument("checkpoint", metavar="DIR", help="directory or hub name of an AutoAWQ checkpoint")
 
@@ -354,6 +358,13 @@ def _convert(args: argparse.Namespace) -> Output:
     size = sum(file.stat().st_size for file in out.glob("*.safetensors"))
     data = {"out": str(out), "layout": args.to, "bytes": size, "seconds": seconds}
     return Output(data, [f"{out}: {size / 1e6:.1f} MB in layout {args.to}, written in {seconds:.1f} s"])
+
+
+def _verify(args: argparse.Namespace) -> Output:
+    from awq_ext.verify import verify
+
+    report = verify(args.checkpoint, against=args.against, progress=Progress())
+    return Output(report.to_dict(), report.shown(), exit_code=0 if report.ok else 1)
 
 
 def _inspect(args: argparse.Namespace) -> Output:

@@ -326,6 +326,11 @@ def _read_linears(path: Path, quant: QuantConfig, info: dict[str, TensorInfo]) -
         if found is None:  # never: stop does not return
             continue
         layout, linears[owner] = found
+        if not quant.allows(layout.name):
+            raise CheckpointError(
+                f"{path}: the quantization config says {quant.version!r}, but {owner} is in the layout "
+                f"{layout.name}; correct the config if the tensors are right"
+            )
         if found_layout is not None and layout is not found_layout:
             raise CheckpointError(
                 f"{path}: {owner} is in the layout {layout.name}, but {first} in {found_layout.name}; a "
@@ -380,17 +385,11 @@ def read_linear(
         refuse(CheckpointError(f"{any_part}: there is no {names} with it"), any_part.shard, any_part.name)
         return None
     where = path / tensor.shard
-    found = detect(stored, quant.group_size, quant.version, _stored_shape(stored))
+    found = detect(stored, quant.group_size, quant.version, stored_shape(stored))
     for problem in found.problems:
         refuse(CheckpointError(f"{where}: {owner}.{problem} (layout {found.layout.name})"), tensor.shard, owner)
     if found.problems:
         return None
-    if not quant.allows(found.layout.name):
-        contradiction = (
-            f"{path}: the quantization config says {quant.version!r}, but {owner} is in the layout "
-            f"{found.layout.name}; correct the config if the tensors are right"
-        )
-        refuse(CheckpointError(contradiction), "config.json", owner)
     if bias is not None and (bias.shape != (found.n,) or bias.dtype not in FLOATS):
         expected = f"[{found.n}] {' or '.join(FLOATS)}"
         error = CheckpointError(f"{bias} must be {expected}, got {list(bias.shape)} {bias.dtype}")
@@ -398,7 +397,7 @@ def read_linear(
     return found.layout, LinearInfo(found.k, found.n, found.g, bias is not None)
 
 
-def _stored_shape(stored: Mapping[str, TensorInfo]) -> tuple[int, int] | None:
+def stored_shape(stored: Mapping[str, TensorInfo]) -> tuple[int, int] | None:
     """The out_features and in_features that a weight_shape tensor holds."""
     tensor = stored.get("weight_shape")
     if tensor is None or tensor.shape != (2,) or tensor.dtype not in ("I64", "I32"):
