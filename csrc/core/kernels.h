@@ -4,6 +4,7 @@
 #pragma once
 #include <cstdint>
 
+#include "layout.h"
 #include "linear.h"
 #include "types.h"
 
@@ -37,6 +38,14 @@ struct Kernels {
 
   /// loss[r] = d_r G d_r^T for `rows` rows of d, [rows, padded(k)] with zeros beyond k, from the packed triangle.
   void (*gram_loss)(const float* d, std::int64_t rows, const float* triangle, std::int64_t k, double* loss) noexcept;
+
+  /// What pack.h promises under these names.
+  bool (*pack_blocks)(const Codes& to, const std::uint8_t* q, void* words, std::int64_t n, std::int64_t k,
+                      std::int64_t begin, std::int64_t end) noexcept;
+  void (*unpack_blocks)(const Codes& from, const void* words, std::uint8_t* q, std::int64_t n, std::int64_t k,
+                        std::int64_t begin, std::int64_t end) noexcept;
+  void (*repack_blocks)(const Codes& from, const Codes& to, const void* source, void* target, std::int64_t n,
+                        std::int64_t k, std::int64_t begin, std::int64_t end) noexcept;
 };
 
 /// k rounded up to whole panels: the row length of d.

@@ -5,6 +5,7 @@
 // Inside a strip, columns are kept in the order of the words' nibbles: vector i, lane c is column 8c + kAwqOrder[i].
 #include "kernels.h"
 #include "layout.h"
+#include "pack_impl.h"
 #include "quantize.h"
 #include "simd.h"
 
@@ -249,7 +250,8 @@ void gram_loss(const float* d, std::int64_t rows, const float* triangle, std::in
 }
 
 constexpr Kernels make_kernels(const char* name) {
-  return {name, kStrip, kPanel, linear_decode, linear_gemm, prepare_row, quantization_error, gram_loss};
+  return {name,      kStrip,     kPanel,       linear_decode, linear_gemm, prepare_row, quantization_error,
+          gram_loss, pack_tiles, unpack_tiles, repack_tiles};
 }
 
 }  // namespace

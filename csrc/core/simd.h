@@ -23,6 +23,9 @@ inline constexpr int kLanes = 4;
 typedef float Floats __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
 typedef std::uint32_t Words __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
 typedef std::int32_t Ints __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
+typedef std::uint64_t Longs __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
+typedef std::uint16_t Shorts __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
+typedef std::uint8_t HalfBytes __attribute__((vector_size(2 * kLanes), aligned(4), may_alias));
 
 inline Floats load(const float* p) { return *reinterpret_cast<const Floats*>(p); }
 inline void store(float* p, Floats v) { *reinterpret_cast<Floats*>(p) = v; }
@@ -78,6 +81,78 @@ inline void convert_to_float(const void* data, DType t, std::int64_t offset, std
   } else {
     for (; i < count; ++i) out[i] = bfloat_to_float(in[i]);
   }
+}
+
+/// low, high = a0 b0 a1 b1 ..., first of the lower halves of a and b and then of the upper.
+inline void riffle(Words a, Words b, Words& low, Words& high) {
+#if defined(__AVX512F__)
+  const __m512i lower = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  const __m512i upper = _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+  const auto x = reinterpret_cast<__m512i>(a), y = reinterpret_cast<__m512i>(b);
+  low = reinterpret_cast<Words>(_mm512_permutex2var_epi32(x, lower, y));
+  high = reinterpret_cast<Words>(_mm512_permutex2var_epi32(x, upper, y));
+#elif defined(__AVX2__)
+  const auto x = reinterpret_cast<__m256i>(a), y = reinterpret_cast<__m256i>(b);
+  const __m256i even = _mm256_unpacklo_epi32(x, y), odd = _mm256_unpackhi_epi32(x, y);
+  low = reinterpret_cast<Words>(_mm256_permute2x128_si256(even, odd, 0x20));
+  high = reinterpret_cast<Words>(_mm256_permute2x128_si256(even, odd, 0x31));
+#else
+  low = Words{a[0], b[0], a[1], b[1]};
+  high = Words{a[2], b[2], a[3], b[3]};
+#endif
+}
+
+/// Transposes kLanes x kLanes words. Let the bits of a row's number and then of a lane's be one number: a round of
+/// riffles moves each word to where that number is rotated by one bit, so after log2(kLanes) rounds row and lane have
+/// changed places.
+inline void transpose(Words (&a)[kLanes]) {
+#pragma GCC unroll 4
+  for (int round = 1; round < kLanes; round *= 2) {
+    Words b[kLanes];
+#pragma GCC unroll 8
+    for (int i = 0; i < kLanes / 2; ++i) riffle(a[i], a[i + kLanes / 2], b[2 * i], b[2 * i + 1]);
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) a[i] = b[i];
+  }
+}
+
+#if defined(__AVX2__)
+/// Byte i of every sixteen is byte table[i] of them.
+inline Words shuffle_bytes(Words v, __m128i table) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<Words>(_mm512_shuffle_epi8(reinterpret_cast<__m512i>(v), _mm512_broadcast_i32x4(table)));
+#else
+  return reinterpret_cast<Words>(_mm256_shuffle_epi8(reinterpret_cast<__m256i>(v), _mm256_broadcastsi128_si256(table)));
+#endif
+}
+#else
+/// Of four 32-bit elements, and of every four 16-bit ones, the two in the middle change places. Compilers know these
+/// forms as one instruction each.
+inline Words swap_middle_words(Words v) { return Words{v[0], v[2], v[1], v[3]}; }
+inline Words swap_middle_shorts(Words v) {
+  auto x = reinterpret_cast<Shorts>(v);
+  x = Shorts{x[0], x[2], x[1], x[3], x[4], x[5], x[6], x[7]};
+  x = Shorts{x[0], x[1], x[2], x[3], x[4], x[6], x[5], x[7]};
+  return reinterpret_cast<Words>(x);
+}
+#endif
+
+/// Of every eight 16-bit elements, the first four interleaved with the last four: 0 4 1 5 2 6 3 7.
+inline Words interleave_halves(Words v) {
+#if defined(__AVX2__)
+  return shuffle_bytes(v, _mm_setr_epi8(0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15));
+#else
+  return swap_middle_shorts(swap_middle_words(v));
+#endif
+}
+
+/// The inverse: 0 2 4 6 1 3 5 7.
+inline Words separate_halves(Words v) {
+#if defined(__AVX2__)
+  return shuffle_bytes(v, _mm_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15));
+#else
+  return swap_middle_words(swap_middle_shorts(v));
+#endif
 }
 
 }  // namespace
