@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import pydoc_data.topics
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -196,26 +197,29 @@ class _Stop(Exception):
 class BlockInputs:
     """The hidden states in front of one block, for all calibration windows, moved on block by block.
 
-    Holds [samples, seq_len, hidden] in float32 and, for every block, the other arguments the model calls it with
-    (masks, rotary embeddings: the same for every window, since all are full and of one length).
+    ``hidden`` is [samples, seq_len, width] in float32; ``arguments`` are, for every block, the others that the model
+    calls it with (masks, rotary embeddings: the same for every batch of windows, since all are full and of one length).
     """
 
     def __init__(self, model: nn.Module, blocks: Sequence[nn.Module], ids: Tensor, batch: int = 4) -> None:
         self.batch = next(size for size in range(min(batch, len(ids)), 0, -1) if len(ids) % size == 0)
         device = next(model.parameters()).device
-        self._arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        self.arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         states: list[Tensor] = []
+        accepted = inspect.signature(model.forward).parameters.values()
+        knows_cache = any(p.name == "use_cache" or p.kind is p.VAR_KEYWORD for p in accepted)
+        options = {"use_cache": False} if knows_cache else {}
 
         def see(index: int) -> Any:
             def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
                 hidden = args[0] if args else kwargs["hidden_states"]
                 if index == 0:
                     states.append(hidden.float())
-                if len(self._arguments) == index:
+                if len(self.arguments) == index:
                     others = {k: _as_float(v) for k, v in kwargs.items() if k != "hidden_states"}
                     others.update({k: None for k in others if k in ("past_key_values", "past_key_value")})
-                    self._arguments.append((tuple(_as_float(a) for a in args[1:]), others))
-                if index == len(blocks) - 1 or len(self._arguments) == len(blocks):
+                    self.arguments.append((tuple(_as_float(a) for a in args[1:]), others))
+                if index == len(blocks) - 1 or len(self.arguments) == len(blocks):
                     raise _Stop
 
             return hook
@@ -224,15 +228,15 @@ class BlockInputs:
         try:
             for rows in ids.split(self.batch):
                 try:
-                    model(rows.to(device), use_cache=False)
+                    model(rows.to(device), **options)
                 except _Stop:
                     continue
         finally:
             for hook in hooks:
                 hook.remove()
-        if len(self._arguments) != len(blocks):
+        if len(self.arguments) != len(blocks):
             raise CalibrationError(
-                f"the model called {len(self._arguments)} of its {len(blocks)} blocks on the calibration data"
+                f"the model called {len(self.arguments)} of its {len(blocks)} blocks on the calibration data"
             )
         self.hidden = torch.cat(states)
         self.quantized = torch.empty(0)
@@ -305,7 +309,7 @@ class BlockInputs:
         return statistics
 
     def _call(self, index: int, block: nn.Module, rows: Tensor) -> Tensor:
-        args, kwargs = self._arguments[index]
+        args, kwargs = self.arguments[index]
         out = block(rows, *args, **kwargs)
         return out[0] if isinstance(out, tuple) else out
 

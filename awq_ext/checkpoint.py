@@ -29,6 +29,7 @@ from awq_ext.linear import AwqLinear
 from awq_ext.relayout import Converted
 from awq_ext.scaled import ScaledActivation, insert_scaled_activations
 from awq_ext.storage import NAME_OF, Writer, bytes_of, write_order
+from awq_ext.swap import as_linear
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -166,6 +167,8 @@ def _swap_linears(checkpoint: Converted, model: nn.Module) -> None:
         where = f"{checkpoint.path}: {name}"
         if not isinstance(module, nn.Linear):
             got = "no module" if module is None else type(module).__name__
+            module = None if module is None else as_linear(module)
+        if module is None:
             raise CheckpointError(f"{where} is quantized in the files, but the model has {got} there, no Linear")
         expected = (module.in_features, module.out_features)
         if expected != (linear.in_features, linear.out_features):

@@ -1,11 +1,58 @@
-"""Moving a scale out of the input of linears into the norm in front of them."""
+"""Folds: moving a scale out of the input of linears into the weights in front of them."""
 
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+
+
+@dataclass(frozen=True, eq=False)
+class Fold:
+    """Input channel j of every reader is multiplied by a scale, and what the producer writes there is divided by it.
+
+    The block computes the same function if the readers are all who read those channels of the producer, and what is
+    between hands on each of them by itself, in proportion. :mod:`awq_ext.trace` finds and proves such folds.
+    """
+
+    producer: str
+    """The name of a norm or a linear in the block."""
+    readers: tuple[str, ...]
+    """The names of linears in the block, in the order they are called."""
+    rows: Tensor
+    """int64 [k]: the producer's output channel that input channel j of the readers is."""
+    plus: float | None = None
+    """What a norm adds to its weight before it multiplies by it; None: the producer is a linear."""
+
+    @property
+    def tie(self) -> Tensor | None:
+        """int64 [k], the same number for channels that must share one scale (query heads that share values)."""
+        channels, tie = self.rows.unique(return_inverse=True)
+        return None if len(channels) == len(self.rows) else tie
+
+
+@torch.no_grad()
+def apply_fold(block: nn.Module, fold: Fold, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Fold ``scale`` [k] into the weights of a block, which are float32 or float64, and return what was applied.
+
+    ``dtype`` is what a norm's weight will be stored in; its rounding is undone in the readers (see `divide_norm`).
+    """
+    producer = block.get_submodule(fold.producer)
+    weight, bias = producer.get_parameter("weight"), getattr(producer, "bias", None)
+    rows = fold.rows.to(scale.device)
+    divisor = scale.new_ones(len(weight)).scatter_(0, rows, scale)
+    if fold.plus is None:
+        weight.data /= divisor[:, None]
+    else:
+        weight.data, divisor = divide_norm(weight.data, divisor, fold.plus, dtype)
+        scale = divisor[rows]
+    if bias is not None:
+        bias.data /= divisor
+    for reader in fold.readers:
+        block.get_submodule(reader).get_parameter("weight").data *= scale
+    return scale
 
 
 def divide_norm(weight: Tensor, scale: Tensor, plus: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,20 +16,21 @@ from awq_ext.calibrate import BlockInputs
 from awq_ext.checkpoint import save_quantized
 from awq_ext.config import QuantConfig
 from awq_ext.errors import CalibrationError, CheckpointError, UnsupportedModelError
-from awq_ext.families import FAMILIES, Family, Fold
-from awq_ext.fold import divide_norm
-from awq_ext.format import read_json
+from awq_ext.fold import Fold, apply_fold
 from awq_ext.hub import resolve
 from awq_ext.linear import AwqLinear
 from awq_ext.pretrained import is_quantized_directory, load_float, load_tokenizer
 from awq_ext.progress import Progress
-from awq_ext.report import FoldReport, LinearReport, Report
-from awq_ext.swap import NEVER_CONVERTED, Decision, decide
+from awq_ext.report import FoldReport, LinearReport, Report, UnscaledReport
+from awq_ext.swap import NEVER_CONVERTED, Decision, as_linear, decide
+from awq_ext.trace import Inputs, Traced, find_blocks, prove, trace
 
 GRID = 20
 METHODS = ("awq", "awq+", "gptq", "rtn")
 COMPENSATING = ("awq+", "gptq")
 """Methods that choose the codes of a weight together, see :func:`awq_ext.ops.quantize_compensated`."""
+SINGLE_TOKENS = 64  # windows of one token that folds are looked for on: enough to reach most experts of a mixture
+SEVERAL_TOKENS = 16  # in each of two windows that folds are proven on
 
 
 def quantize(
@@ -49,13 +51,18 @@ def quantize(
     quant_config: Mapping[str, Any] | None = None,
     search_results: Any = None,
     allow_pickle: bool = False,
+    blocks: str | None = None,
     out: Any = None,
     progress: Progress | None = None,
 ) -> nn.Module:
-    """Quantize a causal language model to 4 bits with AWQ.
+    """Quantize a causal language model of any architecture to 4 bits with AWQ.
+
+    Where scales can be folded is found by running each block (:mod:`awq_ext.trace`), and every fold is proven on it in
+    float64 before it is used. Linears whose input nothing can scale are rounded with a searched range only.
 
     Args:
-        model: a transformers model, quantized in place, or a directory or hub name to load it from.
+        model: a transformers model (or any module that is called with token ids and has its decoder blocks in a
+            ModuleList), quantized in place, or a directory or hub name to load it from.
         tokenizer: for calibration text; None: loaded from beside the model when ``model`` is a path.
         calibration: a text file, the name of a dataset on the hub, ``"builtin"`` (CPython's own help text: enough to
             try things, text like yours is better), a list of texts, or token ids.
@@ -80,16 +87,18 @@ def quantize(
             any architecture. Clips are left out for linears that stay as they are, and without ``apply_clip``.
         allow_pickle: whether ``search_results`` may be a file: it is a pickle, read with
             ``torch.load(weights_only=True)``.
+        blocks: the name of the list of decoder blocks. None: the ModuleList that holds the most weights.
         out: a directory to save the checkpoint to (see :func:`awq_ext.save_quantized`).
         progress: where to show progress; None: bars on stderr if that is a terminal.
 
     Returns:
         The model, its linears replaced by :class:`awq_ext.AwqLinear`, with ``model.awq_report``
-        (:class:`awq_ext.report.Report`). Linears that do not fit or are excluded stay and are listed there.
+        (:class:`awq_ext.report.Report`). Linears that do not fit or are excluded stay and are listed there, as are
+        weights in the blocks that belong to no linear (experts in one tensor, routers).
 
     Raises:
-        UnsupportedModelError: an architecture without a family, a model that is quantized already, weights that are
-            not finite or not floating point.
+        UnsupportedModelError: a model without a list of blocks, or quantized already; weights that are not finite or
+            not floating point.
         CalibrationError: too little calibration data, or activations that are not finite.
         CheckpointError: search results that cannot be read, do not fit the model, or are of another group size; or
             what :func:`awq_ext.save_quantized` raises.
@@ -116,7 +125,7 @@ def quantize(
     results = None
     if search_results is not None:
         results = llm_awq.read_search_results(search_results, allow_pickle=allow_pickle)
-    model, source = _load(model, any_architecture=results is not None)
+    model, source = _load(model)
 
     def tokens() -> Tensor:
         data = calibrate.load_text(calibration) if isinstance(calibration, str) else calibration
@@ -125,7 +134,7 @@ def quantize(
         return calibrate.windows(data, reads, samples, seq_len)
 
     with torch.no_grad():
-        report = _Quantizer(model, config, method, duo_scaling, apply_clip, seed, progress, results).run(tokens)
+        report = _Quantizer(model, config, method, duo_scaling, apply_clip, seed, progress, results, blocks).run(tokens)
     report.seconds = time.perf_counter() - start
     model.awq_report = report
     if out is not None:
@@ -156,29 +165,14 @@ def _merged(quant_config: Mapping[str, Any] | None, **arguments: Any) -> dict[st
     return config
 
 
-def _load(model: Any, any_architecture: bool) -> tuple[Any, Path | None]:
+def _load(model: Any) -> tuple[Any, Path | None]:
     """The model, and the directory it comes from (None: it was in memory)."""
     if isinstance(model, nn.Module):
         return model, None
     path = resolve(model)
     if is_quantized_directory(path):
         raise UnsupportedModelError(f"{model} is already quantized. Quantize the original, unquantized model")
-    if not any_architecture:
-        _family(read_json(path, "config.json"))  # before the weights are read
     return load_float(path, "auto"), path
-
-
-def _family(config: Any) -> Family:
-    """The family of a model's config, given as transformers' object or as the dictionary of config.json."""
-    model_type = config.get("model_type") if isinstance(config, dict) else getattr(config, "model_type", None)
-    family = FAMILIES.get(str(model_type))
-    if family is None:
-        raise UnsupportedModelError(
-            f"no family is known for architecture {model_type!r} (known: {', '.join(sorted(FAMILIES))}). "
-            "Its linears can be rounded to nearest with awq_ext.replace_linears(model); a family is one entry in "
-            "awq_ext/families.py, see CONTRIBUTING"
-        )
-    return family
 
 
 def _refuse_quantized(config: Any, name: str) -> None:
@@ -203,23 +197,36 @@ class _Quantizer:
         seed: int,
         progress: Progress,
         results: llm_awq.SearchResults | None,
+        blocks: str | None,
     ) -> None:
+        self.config = getattr(model, "config", None)  # None: it is no transformers model
         self.model, self.method, self.progress = model, method, progress
         self.group_size, self.zero_point = int(config["q_group_size"]), bool(config["zero_point"])
         self.excluded = tuple(config["modules_to_not_convert"] or ())
         self.duo_scaling, self.apply_clip = duo_scaling, apply_clip
         self.generator = torch.Generator().manual_seed(seed)
         self.sensitivity: dict[str, Tensor] = {}
-        _refuse_quantized(getattr(model, "config", None), type(model).__name__)
+        _refuse_quantized(self.config, type(model).__name__)
         self.plan = None if results is None else llm_awq.plan(model, results)
         # Search results say where the blocks are and bring their own folds.
-        self.family = _family(getattr(model, "config", None)) if self.plan is None else Family((), self.plan.blocks)
-        self.blocks: list[nn.Module] = list(model.get_submodule(self.family.blocks))
-        self.report = Report(method, model.config.model_type, self.group_size, self.zero_point)
+        if self.plan is not None:
+            blocks = self.plan.blocks
+        self.blocks_name = find_blocks(model) if blocks is None else blocks
+        try:
+            self.blocks: list[nn.Module] = list(model.get_submodule(self.blocks_name).children())
+        except AttributeError as error:
+            raise UnsupportedModelError(f"blocks: {error}") from error
+        self.traced: dict[Any, Traced] = {}
+        uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+        self.shared = {name for name, p in model.named_parameters(remove_duplicate=False) if uses[id(p)] > 1}
+        model_type = getattr(self.config, "model_type", type(model).__name__)
+        self.report = Report(method, model_type, self.group_size, self.zero_point)
         self.decisions: dict[str, Decision] = {}
-        for name, linear in model.named_modules():
-            if type(linear) is nn.Linear:
-                inside = name.startswith(self.family.blocks + ".")
+        others: dict[str, LinearReport] = {}
+        for name, module in model.named_modules():
+            inside = name.startswith(self.blocks_name + ".")
+            linear = as_linear(module)
+            if linear is not None:
                 decision = decide(name, linear, self.group_size, self.excluded)
                 if not inside and decision.reason is None:
                     reason = "output head" if name in NEVER_CONVERTED else "outside the decoder blocks"
@@ -227,6 +234,9 @@ class _Quantizer:
                 self.decisions[name] = decision
                 if inside:
                     _check_weight(name, linear)
+            elif inside:
+                others.update(_other_weights(name, module))
+        self.others = others
         if all(decision.reason is not None for decision in self.decisions.values()):
             raise UnsupportedModelError(
                 "no linear of this model can be quantized:\n" + "\n".join(f"  {d}" for d in self.decisions.values())
@@ -252,10 +262,15 @@ class _Quantizer:
         inputs = None
         if self.method != "rtn" and self.plan is None:
             ids = windows()
-            self._check_tokens(ids)
+            limit = self._check_tokens(ids)
             inputs = BlockInputs(self.model, self.blocks, ids)
             if self.method in COMPENSATING:
                 inputs.quantized = inputs.hidden
+            # Few tokens, whatever they are, show how a block is made.
+            several = min(SEVERAL_TOKENS, max(limit, ids.shape[1]))
+            few = ids.flatten().repeat(SINGLE_TOKENS)[: max(SINGLE_TOKENS, 2 * several)]
+            self.single = BlockInputs(self.model, self.blocks, few[:SINGLE_TOKENS, None], batch=SINGLE_TOKENS)
+            self.several = BlockInputs(self.model, self.blocks, few[: 2 * several].view(2, several))
             self.report.calibration_tokens = ids.numel()
         with self.progress.task("quantize blocks", total=len(self.blocks)) as task:
             for index in range(len(self.blocks)):
@@ -267,21 +282,25 @@ class _Quantizer:
             if d.reason is not None
         ]
         kept = tuple(x.name for x in self.report.kept if x.name not in NEVER_CONVERTED)
-        self.model.config.quantization_config = QuantConfig(
-            group_size=self.group_size, zero_point=self.zero_point, modules_to_not_convert=kept
-        ).to_dict()
+        self.report.linears += list(self.others.values())
+        if self.config is not None:
+            self.config.quantization_config = QuantConfig(
+                group_size=self.group_size, zero_point=self.zero_point, modules_to_not_convert=kept
+            ).to_dict()
         return self.report
 
-    def _check_tokens(self, ids: Tensor) -> None:
-        vocab = self.model.get_input_embeddings().num_embeddings
-        if int(ids.max()) >= vocab or int(ids.min()) < 0:
+    def _check_tokens(self, ids: Tensor) -> int:
+        """Raises CalibrationError unless the model can take them; returns how long a window it can (0: unknown)."""
+        vocab = self.model.get_input_embeddings().num_embeddings if self.config is not None else None
+        if vocab is not None and (int(ids.max()) >= vocab or int(ids.min()) < 0):
             raise CalibrationError(
                 f"calibration token ids span {int(ids.min())}..{int(ids.max())}, but the model's vocabulary has "
                 f"{vocab}: the tokenizer is of another model"
             )
-        limit = getattr(self.model.config, "max_position_embeddings", None)
+        limit = getattr(self.config, "max_position_embeddings", None)
         if limit is not None and ids.shape[1] > limit:
             raise CalibrationError(f"seq_len {ids.shape[1]} is longer than the model's {limit} positions")
+        return limit or 0
 
     def _note(self) -> str:
         errors = [x.error for x in self.report.linears if x.error is not None]
@@ -289,27 +308,30 @@ class _Quantizer:
 
     def _block(self, index: int, inputs: BlockInputs | None) -> None:
         """Quantize one block, in float32; what stays unquantized goes back to its own dtype."""
-        block, prefix = self.blocks[index], f"{self.family.blocks}.{index}."
-        linears: dict[str, nn.Linear] = {
-            name: module
-            for name, module in block.named_modules()
-            if type(module) is nn.Linear and self.decisions[prefix + name].reason is None
-        }
+        block, prefix = self.blocks[index], f"{self.blocks_name}.{index}."
+        linears: dict[str, nn.Linear] = {}
+        for name, module in list(block.named_modules()):
+            linear = as_linear(module)
+            if linear is not None and self.decisions[prefix + name].reason is None:
+                linears[name] = linear
+                block.set_submodule(name, linear)  # another one only if it was a Conv1D
         dtypes = {name: parameter.dtype for name, parameter in block.named_parameters()}
         block.float()
         if self.plan is not None:
             self.plan.apply(block, prefix, self.clipped)
         reads: dict[str, _Input] = {}
+        folds: list[Fold] = []
         if inputs is not None:
             for parameter in block.parameters():
                 parameter.requires_grad_(False)
             if self.method != "gptq":
                 self.sensitivity = inputs.sensitivity(index, block, linears, self.generator)
-            reads = self._collect(block, prefix, linears, index, inputs)
+                folds = self._find_folds(index, block, prefix, linears)
+            reads = self._collect(block, prefix, linears, folds, index, inputs)
         before = {
             name: _relative_error(linears[name].weight, reads[name].gram, self._round(linears[name])) for name in reads
         }
-        for fold in self.family.folds if reads and self.method != "gptq" else ():
+        for fold in folds:
             self._fold(block, prefix, fold, linears, reads, dtypes)
         compensated = {}
         if inputs is not None and self.method in COMPENSATING:
@@ -324,11 +346,59 @@ class _Quantizer:
             block.set_submodule(name, quantized)
         _restore(block, dtypes)
 
+    def _find_folds(self, index: int, block: nn.Module, prefix: str, linears: Mapping[str, nn.Linear]) -> list[Fold]:
+        """The folds to use, proven; the reasons of linears that have none go to the report."""
+
+        def called_with(inputs: BlockInputs) -> Inputs:
+            args, kwargs = inputs.arguments[index]
+            return inputs.hidden, args, kwargs
+
+        every = [name for name, module in block.named_modules() if isinstance(module, nn.Linear)]
+        alike = type(block), tuple((name, type(module)) for name, module in block.named_modules())
+        key = alike, tuple((name, parameter.shape) for name, parameter in block.named_parameters())
+        known = key in self.traced
+        several = called_with(self.several)
+        while True:
+            if not known:
+                self.traced[key] = trace(block, every, called_with(self.single), several)
+            traced = self.traced[key]
+            proofs = prove(block, traced.folds, several)
+            if not known or not any(proofs):
+                break
+            known = False  # a block that is made like another may do something else
+        self.several.hidden = self.several.run(index, block)
+        reasons, folds = dict(traced.refused), []
+        for fold, wrong in zip(traced.folds, proofs, strict=True):
+            reason = wrong or self._why_not_usable(fold, prefix, linears)
+            if reason is None:
+                folds.append(fold)
+            else:
+                reasons.update(dict.fromkeys(fold.readers, reason))
+        self.report.unscaled += [UnscaledReport(prefix + name, reasons[name]) for name in linears if name in reasons]
+        return folds
+
+    def _why_not_usable(self, fold: Fold, prefix: str, linears: Mapping[str, nn.Linear]) -> str | None:
+        for name in fold.readers:
+            if name not in linears:
+                return f"{name}, which reads {fold.producer} too, stays as it is"
+        if fold.plus is None and fold.producer not in linears:
+            return f"{fold.producer}, in front of it, stays as it is"
+        for name in (fold.producer, *fold.readers):
+            if any(parameter.startswith(f"{prefix}{name}.") for parameter in self.shared):
+                return f"the weights of {name} are used elsewhere in the model too"
+        return None
+
     def _collect(
-        self, block: nn.Module, prefix: str, linears: Mapping[str, nn.Linear], index: int, inputs: BlockInputs
+        self,
+        block: nn.Module,
+        prefix: str,
+        linears: Mapping[str, nn.Linear],
+        folds: Sequence[Fold],
+        index: int,
+        inputs: BlockInputs,
     ) -> dict[str, _Input]:
         """What each linear reads, over all windows; moves the inputs on to the next block."""
-        first = {reader: fold.readers[0] for fold in self.family.folds for reader in fold.readers}
+        first = {reader: fold.readers[0] for fold in folds for reader in fold.readers}
         watched = {first.get(name, name): block.get_submodule(first.get(name, name)) for name in linears}
         with calibrate.watching(watched) as statistics:
             inputs.hidden = inputs.run(index, block)
@@ -345,14 +415,8 @@ class _Quantizer:
         dtypes: Mapping[str, torch.dtype],
     ) -> None:
         """Search the scale of one fold and move it from the readers' inputs into the producer."""
-        readers = [linears[name] for name in fold.readers if name in linears]
-        producer = block.get_submodule(fold.producer)
-        if len(readers) < len(fold.readers) or (isinstance(producer, nn.Linear) and fold.producer not in linears):
-            return  # a linear that stays as it is must not change, so nothing can be moved through it
+        readers = [linears[name] for name in fold.readers]
         shared = reads[fold.readers[0]]
-        tie = None
-        if isinstance(producer, nn.Linear) and producer.out_features != readers[0].in_features:
-            tie = _kv_tie(producer.out_features, readers[0].in_features, self.model.config)
         scale, losses = ops.search_scale(
             torch.cat([reader.weight for reader in readers]).cpu(),
             shared.x_mean,
@@ -361,27 +425,10 @@ class _Quantizer:
             grid=GRID,
             duo_scaling=self.duo_scaling,
             zero_point=self.zero_point,
-            tie=tie,
+            tie=fold.tie,
             row_weight=torch.cat([self.sensitivity[name] for name in fold.readers]).cpu(),
         )
-        scale = scale.to(readers[0].weight.device)
-        if isinstance(producer, nn.Linear):
-            rows = (
-                scale
-                if tie is None
-                else scale.new_empty(producer.out_features).scatter_(0, tie.to(scale.device), scale)
-            )
-            producer.weight.data /= rows[:, None]
-            if producer.bias is not None:
-                producer.bias.data /= rows
-        else:
-            weight: Any = producer.weight
-            dtype = dtypes[f"{fold.producer}.weight"]
-            weight.data, scale = divide_norm(weight.data, scale, 1.0 if self.family.norm_adds_one else 0.0, dtype)
-            if getattr(producer, "bias", None) is not None:
-                producer.get_parameter("bias").data /= scale
-        for reader in readers:
-            reader.weight.data *= scale
+        scale = apply_fold(block, fold, scale.to(readers[0].weight.device), dtypes[f"{fold.producer}.weight"])
         shared.divide(scale.cpu())
         best = int(losses.argmin())
         self.report.folds.append(
@@ -458,22 +505,6 @@ def _restore(block: nn.Module, dtypes: Mapping[str, torch.dtype]) -> None:
         parameter.data = parameter.data.to(dtypes[name])
 
 
-def _kv_tie(kv_features: int, in_features: int, config: Any) -> Tensor:
-    """For each channel that the output projection reads, the value channel it comes from (grouped-query attention).
-
-    Query head h reads key/value head h // repeats, as transformers' repeat_kv lays them out.
-    """
-    head_dim = kv_features // config.num_key_value_heads
-    repeats = in_features // kv_features
-    if in_features % kv_features or kv_features % config.num_key_value_heads:
-        raise UnsupportedModelError(
-            f"{in_features} attention channels do not divide among {kv_features} value channels in "
-            f"{config.num_key_value_heads} heads"
-        )
-    kv = torch.arange(kv_features).view(-1, 1, head_dim)
-    return kv.expand(-1, repeats, head_dim).reshape(in_features).contiguous()
-
-
 def _candidate_name(index: int) -> str:
     if index == 0:
         return "identity"
@@ -488,6 +519,16 @@ def _relative_error(weight: Tensor, gram: Tensor, quantized: AwqLinear) -> float
     difference = quantized.dequantize(torch.float32).cpu() - weight
     power = ((weight @ gram) * weight).sum()
     return float(((difference @ gram) * difference).sum() / power) if power > 0 else 0.0
+
+
+def _other_weights(name: str, module: nn.Module) -> dict[str, LinearReport]:
+    """The weights of a module that is no linear and has some of two dimensions or more, by name."""
+    reason = f"it is of a {type(module).__name__}, and only linears are quantized"
+    return {
+        f"{name}.{part}": LinearReport(f"{name}.{part}", weight.shape[-1], weight.numel() // weight.shape[-1], reason)
+        for part, weight in module.named_parameters(recurse=False)
+        if weight.dim() > 1
+    }
 
 
 def _check_weight(name: str, linear: nn.Linear) -> None:

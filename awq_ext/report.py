@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -34,6 +36,14 @@ class FoldReport:
 
 
 @dataclass
+class UnscaledReport:
+    """A quantized linear whose input no proven fold scales, and why. Names in the reason are those in its block."""
+
+    name: str
+    reason: str
+
+
+@dataclass
 class Report:
     method: str
     model_type: str
@@ -45,6 +55,7 @@ class Report:
     seconds: float = 0.0
     linears: list[LinearReport] = field(default_factory=list)
     folds: list[FoldReport] = field(default_factory=list)
+    unscaled: list[UnscaledReport] = field(default_factory=list)
 
     @property
     def quantized(self) -> list[LinearReport]:
@@ -58,7 +69,7 @@ class Report:
         return asdict(self)
 
     def summary(self) -> str:
-        """A few lines: how many linears, what was gained, the worst ones, and every linear that was not quantized."""
+        """A few lines: how many linears, what was gained, the worst ones, and all that was not scaled or quantized."""
         lines = [
             f"{len(self.quantized)} linears quantized to 4 bits in groups of {self.group_size} ({self.method}), "
             f"{self.seconds:.0f} s"
@@ -75,6 +86,11 @@ class Report:
             )
             worst = sorted(measured, key=lambda x: x.error or 0.0, reverse=True)[:3]
             lines.append("largest: " + ", ".join(f"{x.name} {x.error:.3%}" for x in worst))
+        # What is alike in all blocks is one line.
+        unscaled = Counter((re.sub(r"\.\d+\.", ".*.", x.name, count=1), x.reason) for x in self.unscaled)
+        if unscaled:
+            lines.append(f"{len(self.unscaled)} linears quantized without a scale:")
+            lines += [f"  {name} ({count}x): {reason}" for (name, reason), count in unscaled.items()]
         if self.kept:
             lines.append(f"{len(self.kept)} linears kept as they are:")
             lines += [f"  {x.name} [{x.out_features}, {x.in_features}]: {x.kept}" for x in self.kept]

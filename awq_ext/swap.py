@@ -5,12 +5,47 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from awq_ext.linear import AwqLinear, why_not
 
 NEVER_CONVERTED = ("lm_head",)
 """AutoAWQ leaves the output head and the embeddings alone."""
+
+
+def as_linear(module: nn.Module) -> nn.Linear | None:
+    """The module as an nn.Linear, or None if it does something else than ``x @ weight.T + bias``.
+
+    An nn.Linear, or a subclass that computes the same (as Falcon's), is returned itself; transformers' Conv1D, whose
+    weight is transposed, as an nn.Linear with a copy of its weights.
+    """
+    if type(module) is nn.Linear:
+        return module
+    if isinstance(module, nn.Linear):
+        return module if type(module).forward is nn.Linear.forward or _same_as_linear(module) else None
+    if type(module).__name__ != "Conv1D" or type(module).__module__ != "transformers.pytorch_utils":
+        return None
+    weight, bias = module.get_parameter("weight"), module.get_parameter("bias")
+    linear = nn.Linear(weight.shape[0], weight.shape[1], device="meta", dtype=weight.dtype).train(module.training)
+    linear.weight = nn.Parameter(weight.detach().t().contiguous(), weight.requires_grad)
+    linear.bias = nn.Parameter(bias.detach(), bias.requires_grad)
+    return linear
+
+
+@torch.no_grad()
+def _same_as_linear(module: nn.Linear) -> bool:
+    """Whether a subclass of nn.Linear gives what nn.Linear gives, on a few numbers."""
+    own = {name for name, _ in (*module.named_parameters(), *module.named_buffers())}
+    if module.weight.is_meta or not own <= {"weight", "bias"}:
+        return False
+    x = torch.randn(4, module.in_features, generator=torch.Generator().manual_seed(0)).to(module.weight)
+    try:
+        expected, got = nn.functional.linear(x, module.weight, module.bias), module(x)
+        error = (got - expected).norm() / expected.norm()
+    except Exception:  # it takes something else, or its dtype has no product here
+        return False
+    return bool(error <= 4 * torch.finfo(x.dtype).eps)
 
 
 @dataclass(frozen=True)

@@ -174,7 +174,7 @@ def test_autoawq_quant_config_wins() -> None:
         ({"w_bit": 3}, "w_bit must be 4"),
         ({"q_group_size": 0}, "q_group_size"),
         ({"q_group_size": "64"}, "q_group_size"),
-        ({"method": "gptq"}, "method must be one of"),
+        ({"method": "spqr"}, "method must be one of"),
         ({"modules_to_not_convert": "gate"}, "must be a list of names"),
         ({"quant_config": {"version": "gemv"}}, "version must be GEMM"),
         ({"quant_config": {"bits": 4}}, "unknown key 'bits'"),
@@ -185,10 +185,11 @@ def test_arguments_that_make_no_sense(arguments: dict[str, object], message: str
         run(small_model("llama"), **arguments)
 
 
-def test_unknown_architecture_is_named() -> None:
-    config = AutoConfig.for_model("gpt2", n_embd=64, n_layer=1, n_head=2, vocab_size=96)
-    with pytest.raises(UnsupportedModelError, match=r"'gpt2'.*known: gemma3_text, llama"):
-        run(AutoModelForCausalLM.from_config(config))
+def test_a_model_without_a_list_of_blocks() -> None:
+    with pytest.raises(UnsupportedModelError, match=r"Sequential has no ModuleList, .*pass blocks="):
+        run(nn.Sequential(nn.Linear(64, 64)))
+    with pytest.raises(UnsupportedModelError, match="blocks: LlamaModel has no attribute `blocks`"):
+        run(small_model("llama"), blocks="model.blocks")
 
 
 def test_quantized_models_are_refused() -> None:
