@@ -1,6 +1,7 @@
-"""Perplexity of a model, of its round-to-nearest and of its AWQ version, on the same text.
+"""Perplexity of a model and of what each method makes of it, on the same text.
 
     python benchmarks/quality.py MODEL --calibration c4.txt --text wiki.test.raw --group-size 64 [--bos]
+        [--methods awq awq+]
 
 Windows and tokens are those of `awq-ext ppl`. Each version goes through a checkpoint on disk.
 """
@@ -17,7 +18,7 @@ from common import write
 
 from awq_ext.evaluate import first_tokens, perplexity
 from awq_ext.pretrained import load_any
-from awq_ext.quantizer import quantize
+from awq_ext.quantizer import METHODS, quantize
 
 
 def score(path: str, args: argparse.Namespace) -> dict[str, float]:
@@ -37,9 +38,10 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=20000)
     parser.add_argument("--bos", action="store_true")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=["rtn", "gptq", "awq", "awq+"])
     args = parser.parse_args()
     results: dict[str, dict[str, float]] = {"original": score(args.model, args)}
-    for method in ("rtn", "awq"):
+    for method in args.methods:
         with tempfile.TemporaryDirectory() as out:
             start = time.perf_counter()
             quantize(
