@@ -41,7 +41,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -82,10 +82,8 @@ class Comparison:
     bad_tiles: int
     """Of ``tiles``, those beyond a limit."""
     tiles: int
-    in_scales: Tensor = field(repr=False, compare=False)
-    """c, float32 [k], divided by its median."""
-    out_scales: Tensor = field(repr=False, compare=False)
-    """r, float32 [n], multiplied by the median of c."""
+    folded: str
+    """Which channels were scaled: "", "in", "out", "in, out", or "all" if it was by one factor (but for a few)."""
 
     @property
     def score(self) -> float:
@@ -107,11 +105,19 @@ class Comparison:
             return f"{text}; look at the order of codes and groups, and for damage"
         return f"{text}, groups off in size by {self.spread:.0%}; look at the scales"
 
+
+@dataclass(frozen=True)
+class Factors:
+    """What the channels of a linear were multiplied by: ``inputs`` float32 [k] (1 in the median), ``outputs`` [n]."""
+
+    inputs: Tensor
+    outputs: Tensor
+
     @property
     def folded(self) -> str:
-        """Which channels were scaled: "", "in", "out", "in, out", or "all" if it was by one factor (but for a few)."""
-        scaled = [name for name, scales in (("in", self.in_scales), ("out", self.out_scales)) if _varies(scales)]
-        by_one = not scaled and abs(self.out_scales.median().item() - 1) > FOLDED
+        """As :attr:`Comparison.folded`."""
+        scaled = [name for name, factors in (("in", self.inputs), ("out", self.outputs)) if _varies(factors)]
+        by_one = not scaled and abs(self.outputs.median().item() - 1) > FOLDED
         return "all" if by_one else ", ".join(scaled)
 
 
@@ -137,39 +143,35 @@ class Original:
 
 def compare(
     checkpoint: Checkpoint, name: str, groups: Groups, original: TensorInfo, order: Tensor | None = None
-) -> Comparison:
+) -> tuple[Comparison, Factors]:
     """Compare a linear, of which scales and zeros have been read, with the original weight [n, k].
 
     ``order`` is the g_idx [k] of a linear in act-order, else None. Memory: the packed weight and a few times 64 rows.
     Raises CheckpointError if tensors cannot be read.
     """
-    pair = _Pair(checkpoint, name, groups, original, order)
+    rows = _Rows(checkpoint, name, groups, original, order)
     n, k = original.shape
-    blocks = range(0, n, ROWS)
-    wanted = max(1, min(len(blocks), SAMPLE // (ROWS * k)))
-    sample = [pair.steps(begin) for begin in blocks[:: math.ceil(len(blocks) / wanted)]]
-    c = _in_scales(torch.cat([x for x, _ in sample]), torch.cat([y for _, y in sample]))
-    del sample
-
-    measured = _Measured(pair.g, k)
-    out_scales = []
-    for begin in blocks:
-        x, y = pair.steps(begin)
-        scales = pair.scales[begin : begin + ROWS]
-        folded = x * c
-        r = _slope(folded, y, 1)
-        out_scales.append(r)
-        measured.add(x, folded * r[:, None], y, scales)
+    c = _input_factors(rows)
+    measured = _Measured(n, k, rows.g)
+    outputs = []
+    for begin in range(0, n, ROWS):
+        x, y = rows.steps(begin)
+        outputs.append(measured.add(x, y, c, rows.scales[begin : begin + ROWS]))
     middle = c.median()
     file = checkpoint.info[f"{name}.{checkpoint.layout.weight_name}"].shard
-    return measured.result(name, file, c / middle, torch.cat(out_scales) * middle)
+    factors = Factors(c / middle, torch.cat(outputs) * middle)
+    return measured.result(name, file, factors.folded), factors
 
 
-class _Pair:
+# Below, large tensors are made once for a linear and then overwritten: of many that come and go, the C library's heap
+# would keep the pieces.
+
+
+class _Rows:
     """A linear's rows, quantized and original, in steps of their groups."""
 
     def __init__(
-        self, checkpoint: Checkpoint, name: str, groups: Groups, original: TensorInfo, order: Tensor | None = None
+        self, checkpoint: Checkpoint, name: str, groups: Groups, original: TensorInfo, order: Tensor | None
     ) -> None:
         layout = self.layout = checkpoint.layout
         self.n, self.k = original.shape
@@ -182,79 +184,104 @@ class _Pair:
             stored = checkpoint.info[f"{name}.{layout.zeros_name}"].read()
             self.shift = used_groups(layout, stored, self.k // self.g).float() / self.scales
         self.columns = None if order is None else order.argsort(stable=True)
+        self.size = original.nbytes // self.n  # bytes of a row
+        self.raw = bytearray(min(ROWS, self.n) * self.size)
+        self.x, self.y = torch.empty(2, min(ROWS, self.n), self.k)
 
     def steps(self, begin: int) -> tuple[Tensor, Tensor]:
         """Rows from ``begin`` on, at most 64, of the original and of the quantized weight, each float32 [rows, k].
 
-        Columns are in the order of groups.
+        Columns are in the order of groups. Valid until the next call.
         """
         end = min(begin + ROWS, self.n)
+        m = end - begin
         words = self.layout.weight.rows(self.words, begin, end)
-        q = torch.ops.awq_ext.unpack(words, layout=self.layout.name)[: end - begin, : self.k].float()
-        size = self.original.nbytes // self.n
-        raw = bytearray((end - begin) * size)
-        self.original.read_into(raw, begin * size)
-        w = torch.frombuffer(raw, dtype=FLOATS[self.original.dtype]).view(-1, self.k).float()
+        q = torch.ops.awq_ext.unpack(words, layout=self.layout.name)[:, : self.k]
+        raw = memoryview(self.raw)[: m * self.size]
+        self.original.read_into(raw, begin * self.size)
+        w = torch.frombuffer(raw, dtype=FLOATS[self.original.dtype]).view(m, self.k)
         if self.columns is not None:
             q, w = q[:, self.columns], w[:, self.columns]
-        shape = (end - begin, self.k // self.g, self.g)
-        x = w.view(shape) / self.scales[begin:end, :, None]
-        y = q.view(shape) + self.shift[begin:end, :, None]
-        return x.view(-1, self.k), y.view(-1, self.k)
+        x, y = self.x[:m].copy_(w), self.y[:m].copy_(q)
+        x.view(m, -1, self.g).div_(self.scales[begin:end, :, None])
+        y.view(m, -1, self.g).add_(self.shift[begin:end, :, None])
+        return x, y
 
 
-def _slope(x: Tensor, y: Tensor, dim: int) -> Tensor:
-    """The factor by which x comes nearest to y, along ``dim``; 1 where x is 0."""
-    square = (x * x).sum(dim)
-    return torch.where(square > 0, (x * y).sum(dim) / square, 1.0)
+def _slope(xy: Tensor, xx: Tensor) -> Tensor:
+    """The factor by which x comes nearest to y, from sums of products; 1 where x is 0."""
+    return torch.where(xx > 0, xy / xx, 1.0)
 
 
-def _in_scales(x: Tensor, y: Tensor) -> Tensor:
-    """c [k] such that ``r[n] c[k] x[n, k]`` is near to y for some r."""
-    r = torch.ones(len(x))
+def _input_factors(rows: _Rows) -> Tensor:
+    """c [k] such that ``r[n] c[k] x[n, k]`` is near to y for some r: alternating least squares on some of the rows."""
+    begins = range(0, rows.n, ROWS)
+    wanted = max(1, SAMPLE // (ROWS * rows.k))
+    begins = begins[:: math.ceil(len(begins) / wanted)]
+    xx, xy = torch.empty(2, sum(min(ROWS, rows.n - begin) for begin in begins), rows.k)
+    at = 0
+    for begin in begins:
+        x, y = rows.steps(begin)
+        torch.mul(x, x, out=xx[at : at + len(x)])
+        torch.mul(x, y, out=xy[at : at + len(x)])
+        at += len(x)
+    r = torch.ones(len(xx))
     for _ in range(ROUNDS):
-        c = _slope(x * r[:, None], y, 0)
-        r = _slope(x * c, y, 1)
+        c = _slope(r @ xy, r.square() @ xx)
+        r = _slope(xy @ c, xx @ c.square())
     return c
 
 
 class _Measured:
     """Sums over the rows of a linear."""
 
-    def __init__(self, g: int, k: int) -> None:
+    def __init__(self, n: int, k: int, g: int) -> None:
         self.g, self.k = g, k
         part = math.gcd(g, COLUMNS)
         self.columns = part if part >= 16 else g  # of a tile; a mean over fewer says little
+        self.products = torch.empty(min(ROWS, n), k)
         self.count = self.square = self.slopes = self.sizes = 0.0
         self.difference = self.size = self.direct = self.original = 0.0
         self.offsets: list[Tensor] = []
         self.tile_steps: list[Tensor] = []
 
-    def add(self, x: Tensor, folded: Tensor, y: Tensor, scales: Tensor) -> None:
-        """The rows of a tile, in steps: the original, the same with the scales that were found, and the quantized."""
-        rows, tiles, groups = len(x), self.k // self.columns, self.k // self.g
-        error = (y - folded).view(rows, tiles, self.columns)
-        squares = (error * error).sum(2)
-        self.count += error.numel()
-        self.square += squares.sum().item()
-        self.tile_steps.append((squares.sum(0) / (rows * self.columns)).sqrt())
-        self.offsets.append(error.mean(2).abs().median(0).values)
+    def add(self, x: Tensor, y: Tensor, c: Tensor, scales: Tensor) -> Tensor:
+        """A tile's rows, in steps, which are overwritten; returns r, the factors of these outputs."""
+        m = len(x)
+        products = self.products[:m]
 
-        by_group = (rows, groups, self.g)
-        sizes = (folded * folded).view(by_group).sum(2)
-        slopes = _slope(folded.view(by_group), y.view(by_group), 2)
-        self.slopes += (sizes * (slopes - 1).abs()).sum().item()
-        self.sizes += sizes.sum().item()
+        def sums(a: Tensor, b: Tensor) -> Tensor:
+            """Of products, over each group."""
+            return torch.mul(a, b, out=products).view(m, -1, self.g).sum(2)
 
-        def weighed(steps: Tensor) -> float:
-            return float((steps.view(by_group).square().sum(2).double() * scales.double().square()).sum())
+        def weighed(squares: Tensor) -> float:
+            """Of squares of steps by group, the sum of squares of what they are in weights."""
+            return float((squares.double() * scales.double().square()).sum())
 
-        self.difference += weighed(error)
-        self.size += weighed(y)
-        self.direct += weighed(y - x)
-        self.original += weighed(x)
+        self.original += weighed(sums(x, x))
+        self.size += weighed(sums(y, y))
+        x -= y
+        self.direct += weighed(sums(x, x))
+        x += y
+        x *= c
+        xx, xy = sums(x, x), sums(x, y)
+        r = _slope(xy.sum(1), xx.sum(1))
+        x *= r[:, None]
+        y -= x
+        self.difference += weighed(sums(y, y))
 
-    def result(self, name: str, file: str, in_scales: Tensor, out_scales: Tensor) -> Comparison:
+        sizes, slopes = xx * r[:, None].square(), _slope(xy, xx * r[:, None])
+        self.slopes += float((sizes * (slopes - 1).abs()).sum())
+        self.sizes += float(sizes.sum())
+        tiles = (m, -1, self.columns)
+        squares = products.view(tiles).sum(2)
+        self.count += y.numel()
+        self.square += float(squares.sum())
+        self.tile_steps.append((squares.sum(0) / (m * self.columns)).sqrt())
+        self.offsets.append(y.view(tiles).mean(2).abs().median(0).values)
+        return r
+
+    def result(self, name: str, file: str, folded: str) -> Comparison:
         steps, offsets = torch.stack(self.tile_steps), torch.stack(self.offsets)
         bad = ~(steps <= MOST_STEPS) | ~(offsets <= MOST_OFFSET)
         return Comparison(
@@ -269,8 +296,7 @@ class _Measured:
             tile_offset=offsets.max().item(),
             bad_tiles=int(bad.sum()),
             tiles=bad.numel(),
-            in_scales=in_scales,
-            out_scales=out_scales,
+            folded=folded,
         )
 
 
@@ -281,13 +307,13 @@ def _root(part: float, whole: float) -> float:
     return math.inf if part else 0.0
 
 
-def undone(out_scales: Tensor, readers: Iterable[Tensor]) -> bool:
-    """Whether the input scales of one of ``readers`` are the inverse of these, up to a factor.
+def undone(outputs: Tensor, readers: Iterable[Tensor]) -> bool:
+    """Whether the factors of inputs of one of ``readers`` are the inverse of these of ``outputs``, up to a constant.
 
     The reader may take only the last of the out_features (of a linear that computes queries, keys and values, or gate
     and up), and each of them several times over (values under grouped-query attention).
     """
-    scales = _logarithm(out_scales)
+    scales = _logarithm(outputs)
     for inverse in (-_logarithm(reader) for reader in readers):
         k = len(inverse)
         for size in (k // times for times in range(1, k + 1) if k % times == 0 and k // times <= len(scales)):

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +35,9 @@ from awq_ext.format import (
     weight_names,
 )
 from awq_ext.hub import resolve
-from awq_ext.layouts import SYMMETRIC_ZERO, Groups, Layout, detect, layouts, read_scales, read_zeros
+from awq_ext.layouts import SYMMETRIC_ZERO, Groups, Layout, check_scales, detect, layouts, read_scales, read_zeros
 from awq_ext.progress import Progress
-from awq_ext.reconstruction import Comparison, Original, compare, undone
+from awq_ext.reconstruction import Comparison, Factors, Original, compare, undone
 from awq_ext.storage import DTYPES, TensorInfo, read_header
 from awq_ext.swap import excluded_by
 
@@ -209,24 +210,29 @@ def verify(
         if checkpoint is not None:
             _check_names(checkpoint, notes)
             asymmetric = []
-            for name in linears:
-                linear = _Linear(checkpoint, name, notes)
-                linear.check()
-                if linear.groups is not None and bool((linear.groups.zeros != SYMMETRIC_ZERO).any()):
-                    asymmetric.append(name)
-                if original is not None:
-                    compared += _compare(linear, original)
-                task.advance(len(parts[name]), note=name)
+            for _, names in groupby(sorted(linears, key=_block), key=_block):
+                found: list[tuple[Comparison, Factors]] = []
+                for name in names:
+                    linear = _Linear(checkpoint, name, notes)
+                    linear.check()
+                    if linear.groups is not None and bool((linear.groups.zeros != SYMMETRIC_ZERO).any()):
+                        asymmetric.append(name)
+                    if original is not None:
+                        found += _compare(linear, original)
+                    task.advance(len(parts[name]), note=name)
+                _check_block(found, notes)
+                compared += (comparison for comparison, _ in found)
             _check_symmetry(checkpoint, asymmetric, notes)
         for tensor in (tensor for name, tensor in info.items() if name not in owned):
             with notes.catching(tensor.shard, tensor.name):
-                if checkpoint is not None and tensor.name.removesuffix(".scales") in checkpoint.activations:
-                    checkpoint.get(tensor.name)
+                if tensor.name.endswith(".scales"):  # of an activation
+                    check_scales(str(tensor), tensor.read())
                 else:
                     _check_values(tensor, notes)
             task.advance(1, note=tensor.name)
     compared.sort(key=lambda comparison: -comparison.score)
-    _check_compared(compared, linears, original, notes)
+    if original is not None and linears and not compared:
+        notes.problem(f"no linear could be compared with {original.path}; is it the original of this model?")
     return VerifyReport(
         path=str(path),
         against=None if original is None else str(original.path),
@@ -313,7 +319,6 @@ def _right_group_size(
 ) -> QuantConfig | None:
     """The config with the group size that the tensors have, if they all have one; None if there is neither."""
     some = list(parts.values())[:100]
-
     shapes: list[tuple[Mapping[str, TensorInfo], tuple[int, int] | None]] = []
     for stored in some:
         with suppress(CheckpointError):  # it comes up again when the linear is read
@@ -517,6 +522,8 @@ class _Linear:
 def _check_values(tensor: TensorInfo, notes: _Notes) -> None:
     """A tensor that is no part of a quantized linear: floats are finite, and a matrix is not constant."""
     _, dtype = DTYPES.get(tensor.dtype, (0, None))
+    if dtype is None:
+        notes.problem(f"{tensor} cannot be read: torch has no dtype {tensor.dtype!r}", tensor.shard, tensor.name)
     if dtype is None or not dtype.is_floating_point:
         return
     bad, constant, first = 0, True, None
@@ -537,7 +544,7 @@ def _check_values(tensor: TensorInfo, notes: _Notes) -> None:
 # --- the original ---------------------------------------------------------------------------------------------------
 
 
-def _compare(linear: _Linear, original: Original) -> list[Comparison]:
+def _compare(linear: _Linear, original: Original) -> list[tuple[Comparison, Factors]]:
     name, notes = linear.name, linear.notes
     file = linear.info(linear.layout.weight_name).shard
     with notes.catching(file, name):
@@ -549,29 +556,18 @@ def _compare(linear: _Linear, original: Original) -> list[Comparison]:
     return []
 
 
-def _check_compared(
-    compared: Sequence[Comparison], linears: Mapping[str, LinearInfo], original: Original | None, notes: _Notes
-) -> None:
-    if original is not None and linears and not compared:
-        notes.problem(f"no linear could be compared with {original.path}; is it the original of this model?")
-    blocks: dict[str, list[Comparison]] = {}
-    for comparison in compared:
-        blocks.setdefault(_block(comparison.name), []).append(comparison)
-    for comparison in compared:
-        name, file = comparison.name, comparison.file
-        others = [other for other in blocks[_block(name)] if other is not comparison]
+def _check_block(found: Sequence[tuple[Comparison, Factors]], notes: _Notes) -> None:
+    """Report the linears of a block that are out of line; and, if none is, folds of which there is only half."""
+    in_line = not any(comparison.out_of_line for comparison, _ in found)
+    for comparison, factors in found:
+        file, name = comparison.file, comparison.name
         if comparison.out_of_line is not None:
             notes.problem(f"{file}: {name} {comparison.out_of_line}", file, name)
-        elif _half_a_fold(comparison, others):
-            what = (
-                f"{file}: {name} has output channels that were scaled, but no other linear that was compared has "
-                "inputs scaled the other way; are its scales those of another linear?"
-            )
-            notes.warning(what, file, name)
-
-
-def _half_a_fold(comparison: Comparison, others: Sequence[Comparison]) -> bool:
-    """Whether output channels were scaled, and no inputs in the same block (if all of it is in line) undo that."""
-    if "out" not in comparison.folded or any(other.out_of_line for other in others):
-        return False
-    return not undone(comparison.out_scales, (other.in_scales for other in others))
+        elif in_line and "out" in comparison.folded:
+            others = (other.inputs for _, other in found if other is not factors)
+            if not undone(factors.outputs, others):
+                what = (
+                    f"{file}: {name} has output channels that were scaled, but no other linear that was compared has "
+                    "inputs scaled the other way; are its scales those of another linear?"
+                )
+                notes.warning(what, file, name)

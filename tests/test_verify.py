@@ -374,6 +374,15 @@ def test_other_floats(tmp_path: Path, dtype: torch.dtype) -> None:
     assert problems(verify(path)) == [(SINGLE, "model.x")]
 
 
+def test_tensors_that_nothing_here_can_read(tmp_path: Path) -> None:
+    path = make(tmp_path / "model")
+    data = (path / SINGLE).read_bytes().replace(b'"lm_head.weight":{"dtype":"F16"', b'"lm_head.weight":{"dtype":"Q16"')
+    (path / SINGLE).write_bytes(data)
+    report = verify(path)
+    assert problems(report) == [(SINGLE, "lm_head.weight")]
+    assert "torch has no dtype 'Q16'" in report.problems[0].what
+
+
 # --- files ----------------------------------------------------------------------------------------------------------
 
 
