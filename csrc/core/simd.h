@@ -20,20 +20,24 @@ inline constexpr int kLanes = 8;
 inline constexpr int kLanes = 4;
 #endif
 
-typedef float Floats __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
-typedef std::uint32_t Words __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
-typedef std::int32_t Ints __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
-typedef std::uint64_t Longs __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
-typedef std::uint16_t Shorts __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
-typedef std::uint8_t HalfBytes __attribute__((vector_size(2 * kLanes), aligned(4), may_alias));
+typedef float Floats __attribute__((vector_size(4 * kLanes), may_alias));
+typedef std::uint32_t Words __attribute__((vector_size(4 * kLanes), may_alias));
+typedef std::int32_t Ints __attribute__((vector_size(4 * kLanes), may_alias));
+typedef std::uint64_t Longs __attribute__((vector_size(4 * kLanes), may_alias));
+typedef std::uint16_t Shorts __attribute__((vector_size(4 * kLanes), may_alias));
+typedef std::uint8_t HalfBytes __attribute__((vector_size(2 * kLanes), may_alias));
 
-inline Floats load(const float* p) { return *reinterpret_cast<const Floats*>(p); }
-inline void store(float* p, Floats v) { *reinterpret_cast<Floats*>(p) = v; }
+// The same at any address. Only for access: as types of variables they lead clang to use aligned instructions on them.
+typedef float FloatsAnywhere __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
+typedef std::uint32_t WordsAnywhere __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
+
+inline Floats load(const float* p) { return *reinterpret_cast<const FloatsAnywhere*>(p); }
+inline void store(float* p, Floats v) { *reinterpret_cast<FloatsAnywhere*>(p) = v; }
 inline Floats broadcast(float x) { return Floats{} + x; }
 
 /// The first `count` words at p, zero beyond.
 inline Words load_words(const std::uint32_t* p, std::int64_t count) {
-  if (count >= kLanes) return *reinterpret_cast<const Words*>(p);
+  if (count >= kLanes) return *reinterpret_cast<const WordsAnywhere*>(p);
   Words v{};
   std::memcpy(&v, p, static_cast<std::size_t>(count) * 4);
   return v;
@@ -81,6 +85,33 @@ inline void convert_to_float(const void* data, DType t, std::int64_t offset, std
   } else {
     for (; i < count; ++i) out[i] = bfloat_to_float(in[i]);
   }
+}
+
+/// Of every two neighbouring elements of kBits bits, exchanges the upper in a with the lower in b.
+template <int kBits>
+inline void exchange(Words& a, Words& b) {
+#if defined(__AVX512F__)
+  if constexpr (kBits >= 8) {  // whole bytes: byte i comes from byte i ^ kBits / 8 of the other
+    constexpr int kFlip = kBits / 8 * 0x01010101;
+    constexpr std::uint64_t kLower = kBits == 8    ? 0x5555555555555555
+                                     : kBits == 16 ? 0x3333333333333333
+                                                   : 0x0f0f0f0f0f0f0f0f;
+    const __m512i table =
+        _mm512_setr4_epi32(0x03020100 ^ kFlip, 0x07060504 ^ kFlip, 0x0b0a0908 ^ kFlip, 0x0f0e0d0c ^ kFlip);
+    const auto x = reinterpret_cast<__m512i>(a), y = reinterpret_cast<__m512i>(b);
+    a = reinterpret_cast<Words>(_mm512_mask_shuffle_epi8(x, ~kLower, y, table));
+    b = reinterpret_cast<Words>(_mm512_mask_shuffle_epi8(y, kLower, x, table));
+    return;
+  }
+#endif
+  constexpr std::uint64_t kLower = kBits == 4    ? 0x0f0f0f0f0f0f0f0f
+                                   : kBits == 8  ? 0x00ff00ff00ff00ff
+                                   : kBits == 16 ? 0x0000ffff0000ffff
+                                                 : 0x00000000ffffffff;
+  const auto x = reinterpret_cast<Longs>(a), y = reinterpret_cast<Longs>(b);
+  const Longs t = ((x >> kBits) ^ y) & kLower;
+  a = reinterpret_cast<Words>(x ^ (t << kBits));
+  b = reinterpret_cast<Words>(y ^ t);
 }
 
 /// low, high = a0 b0 a1 b1 ..., first of the lower halves of a and b and then of the upper.
