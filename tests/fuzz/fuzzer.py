@@ -214,7 +214,10 @@ PARTS = (
 FILE_NAMES = (WEIGHTS, INDEX, "config.json", "quant_config.json", "quantize_config.json", *SHARDS)
 
 # What a mutation may meet that finds the work of another one.
-SPOILT = (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError, struct.error)
+SPOILT = (
+    *(ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError, OverflowError, MemoryError),
+    struct.error,
+)
 
 
 def a_value(rng: random.Random, depth: int = 0) -> Any:
