@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from awq_ext.scaled import ScaledActivation
+
 
 @dataclass(frozen=True, eq=False)
 class Fold:
@@ -18,13 +20,13 @@ class Fold:
     """
 
     producer: str
-    """The name of a norm or a linear in the block."""
+    """The name of a norm, a linear or an activation in the block."""
     readers: tuple[str, ...]
     """The names of linears in the block, in the order they are called."""
     rows: Tensor
     """int64 [k]: the producer's output channel that input channel j of the readers is."""
     plus: float | None = None
-    """What a norm adds to its weight before it multiplies by it; None: the producer is a linear."""
+    """What a norm adds to its weight before it multiplies by it; None: the producer is no norm."""
 
     @property
     def tie(self) -> Tensor | None:
@@ -37,19 +39,23 @@ class Fold:
 def apply_fold(block: nn.Module, fold: Fold, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """Fold ``scale`` [k] into the weights of a block, which are float32 or float64, and return what was applied.
 
-    ``dtype`` is what a norm's weight will be stored in; its rounding is undone in the readers (see `divide_norm`).
+    ``dtype`` is what a norm's weight will be stored in; its rounding is undone in the readers (see `divide_norm`). An
+    activation, which has no weight, is put into a ScaledActivation.
     """
     producer = block.get_submodule(fold.producer)
-    weight, bias = producer.get_parameter("weight"), getattr(producer, "bias", None)
     rows = fold.rows.to(scale.device)
-    divisor = scale.new_ones(len(weight)).scatter_(0, rows, scale)
-    if fold.plus is None:
-        weight.data /= divisor[:, None]
+    if next(producer.parameters(), None) is None:
+        block.set_submodule(fold.producer, ScaledActivation(producer, torch.empty_like(scale).scatter_(0, rows, scale)))
     else:
-        weight.data, divisor = divide_norm(weight.data, divisor, fold.plus, dtype)
-        scale = divisor[rows]
-    if bias is not None:
-        bias.data /= divisor
+        weight, bias = producer.get_parameter("weight"), getattr(producer, "bias", None)
+        divisor = scale.new_ones(len(weight)).scatter_(0, rows, scale)
+        if fold.plus is None:
+            weight.data /= divisor[:, None]
+        else:
+            weight.data, divisor = divide_norm(weight.data, divisor, fold.plus, dtype)
+            scale = divisor[rows]
+        if bias is not None:
+            bias.data /= divisor
     for reader in fold.readers:
         block.get_submodule(reader).get_parameter("weight").data *= scale
     return scale

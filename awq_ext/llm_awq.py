@@ -10,6 +10,7 @@ The weights that llm-awq quantized (``--dump_quant``) are read by :func:`awq_ext
 
 from __future__ import annotations
 
+import copy
 import os
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -21,9 +22,9 @@ from torch import Tensor, nn
 
 from awq_ext import pickled
 from awq_ext.errors import CheckpointError
-from awq_ext.families import FAMILIES, Fold
-from awq_ext.fold import divide_norm, norm_offset
+from awq_ext.fold import Fold, divide_norm, norm_offset
 from awq_ext.scaled import ScaledActivation
+from awq_ext.trace import few_inputs, prove
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 LARGEST = 65504.0  # of float16, in which scales of the search and of the quantized weights are stored
@@ -221,8 +222,9 @@ def apply_search_results(
     the block, if exactly one list of blocks in the model has all of them in the right shapes.
 
     Raises CheckpointError as :func:`read_search_results`; and, with the model as it was, if a module is not found or is
-    not of the kind or shape that its entry needs, if a block of the model has no results, if the model is of a known
-    family (:mod:`awq_ext.families`) in which such a scale cannot be moved, or if a weight would leave float16's range.
+    not of the kind or shape that its entry needs, if a block of the model has no results, if scales moved as they say
+    would change what a block computes (tried in float64, if the model can be run on a few tokens), or if a weight would
+    leave float16's range.
     """
     plan(model, read_search_results(results, allow_pickle=allow_pickle)).apply(model)
 
@@ -231,9 +233,9 @@ def apply_search_results(
 def plan(model: nn.Module, results: SearchResults) -> Plan:
     """How these results apply to this model, which is not changed. Raises CheckpointError as apply_search_results."""
     modules = dict(model.named_modules(remove_duplicate=False))
-    family = FAMILIES.get(str(getattr(getattr(model, "config", None), "model_type", None)))
-    results, blocks = _place(results, modules, family.folds if family else None)
+    results, blocks = _place(results, modules)
     made = Plan(results, blocks)
+    folds: list[Fold] = []
 
     def change(name: str) -> LinearChange:
         return made.linears.setdefault(name, LinearChange())
@@ -247,9 +249,11 @@ def plan(model: nn.Module, results: SearchResults) -> Plan:
 
     for scale in results.scales:
         producer, columns = modules[scale.producer], scale.scale
+        rows, offset = torch.arange(len(columns)), None
         if isinstance(producer, nn.Linear):
             # A producer with more channels than are read has what is read at its end, as the values in MPT's Wqkv.
             rest = torch.ones(producer.out_features - len(columns))
+            rows += len(rest)
             change(scale.producer).rows = torch.cat([rest, columns])
         elif _is_activation(producer):
             stored = columns.to(modules[scale.readers[0]].get_parameter("weight"))
@@ -266,6 +270,7 @@ def plan(model: nn.Module, results: SearchResults) -> Plan:
             made.norms[scale.producer] = {**others, "weight": new}
         for reader in scale.readers:
             change(reader).columns = columns
+        folds.append(Fold(scale.producer, scale.readers, rows, offset))
     for clip in results.clips:
         change(clip.linear).bound = clip.bound
     for name, parameters in made.norms.items():
@@ -275,15 +280,42 @@ def plan(model: nn.Module, results: SearchResults) -> Plan:
         weight, bias = linear_change.apply(modules[name], clip=False)
         check(name, "weight", weight)
         check(name, "bias", bias)
+    _refuse_changes(results.source, model, blocks, folds)
     return made
+
+
+def _refuse_changes(source: str, model: nn.Module, blocks: str, folds: Sequence[Fold]) -> None:
+    """Raises CheckpointError for a fold that changes what its block computes, if the model can be run to see that."""
+    modules = list(model.get_submodule(blocks).children())
+    inputs = few_inputs(model, modules) if folds else None
+    if inputs is None:
+        return
+    for index, block in enumerate(modules):
+        prefix = f"{blocks}.{index}."
+        local = [
+            replace(
+                fold,
+                producer=fold.producer.removeprefix(prefix),
+                readers=tuple(name.removeprefix(prefix) for name in fold.readers),
+            )
+            for fold in folds
+            if fold.producer.startswith(prefix)
+        ]
+        args, kwargs = inputs.arguments[index]
+        for fold, reason in zip(local, prove(block, local, (inputs.hidden, args, kwargs)), strict=True):
+            if reason is not None:
+                raise CheckpointError(
+                    f"{source} does not fit the model, which is left as it was:\n"
+                    f"  the scale from {prefix}{fold.producer} to {', '.join(fold.readers)}: in this model these are "
+                    f"not all who read that module's output, or not the only ones ({reason})"
+                )
+        inputs.hidden = inputs.run(index, copy.deepcopy(block).float())
 
 
 _IN_BLOCK = re.compile(r"(.+?)\.(\d{1,6})\.(.+)")  # list of blocks, number, name in the block
 
 
-def _place(
-    results: SearchResults, modules: Mapping[str, Any], folds: Sequence[Fold] | None
-) -> tuple[SearchResults, str]:
+def _place(results: SearchResults, modules: Mapping[str, Any]) -> tuple[SearchResults, str]:
     """The results under the model's own names, and the name of its list of blocks."""
     numbers: dict[str, set[int]] = {}
     for name in results.names:
@@ -298,7 +330,7 @@ def _place(
 
     def fit(blocks: str) -> tuple[SearchResults, list[str]]:
         moved = _moved(results, stated, blocks)
-        problems = list(_problems(moved, modules, blocks, folds))
+        problems = list(_problems(moved, modules, blocks))
         needs = {int(name) for name, _ in modules[blocks].named_children()} if blocks in modules else set()
         if not problems and has != needs:
             problems.append(f"it has results for {len(has)} blocks, up to number {max(has)}, of {len(needs)}")
@@ -334,14 +366,12 @@ def _moved(results: SearchResults, old: str, new: str) -> SearchResults:
     )
 
 
-def _problems(
-    results: SearchResults, modules: Mapping[str, Any], blocks: str, folds: Sequence[Fold] | None
-) -> Iterator[str]:
+def _problems(results: SearchResults, modules: Mapping[str, Any], blocks: str) -> Iterator[str]:
     """Why these results do not fit these modules, in words; nothing if they do."""
     missing = {name for name in results.names if name not in modules}
     yield from (f"{name} is not in the model" for name in results.names if name in missing)
     for scale in results.scales:
-        reason = None if missing & set(scale.names) else _why_no_fold(scale, modules, blocks, folds)
+        reason = None if missing & set(scale.names) else _why_no_fold(scale, modules, blocks)
         if reason is not None:
             yield f"the scale from {scale.producer} to {', '.join(scale.readers)}: {reason}"
     for clip in results.clips:
@@ -350,7 +380,7 @@ def _problems(
             yield f"the clip of {clip.linear}: {reason}"
 
 
-def _why_no_fold(scale: Scale, modules: Mapping[str, Any], blocks: str, folds: Sequence[Fold] | None) -> str | None:
+def _why_no_fold(scale: Scale, modules: Mapping[str, Any], blocks: str) -> str | None:
     channels, producer = len(scale.scale), modules[scale.producer]
     for name in scale.readers:
         reason = _why_no_linear(modules[name])
@@ -358,13 +388,10 @@ def _why_no_fold(scale: Scale, modules: Mapping[str, Any], blocks: str, folds: S
             return f"{name}: {reason}"
         if modules[name].in_features != channels:
             return f"{name} reads {modules[name].in_features} channels, there are scales for {channels}"
-    number, _, local = scale.producer.removeprefix(f"{blocks}.").partition(".")
+    number = scale.producer.removeprefix(f"{blocks}.").partition(".")[0]
     block = f"{blocks}.{number}."
     if not all(name.startswith(block) for name in scale.readers):
         return "they are not in one block"
-    readers = {name.removeprefix(block) for name in scale.readers}
-    if folds is not None and (local, readers) not in [(fold.producer, set(fold.readers)) for fold in folds]:
-        return "in this model these are not all who read that module's output, or not the only ones"
     if isinstance(producer, nn.Linear):
         if len(scale.readers) > 1 or producer.out_features < channels:
             return f"a linear must have one reader and channels for all {channels} scales, got {producer.out_features}"

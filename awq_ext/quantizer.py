@@ -23,14 +23,13 @@ from awq_ext.pretrained import is_quantized_directory, load_float, load_tokenize
 from awq_ext.progress import Progress
 from awq_ext.report import FoldReport, LinearReport, Report, UnscaledReport
 from awq_ext.swap import NEVER_CONVERTED, Decision, as_linear, decide
-from awq_ext.trace import Inputs, Traced, find_blocks, prove, trace
+from awq_ext.trace import SEVERAL_TOKENS, Inputs, Traced, find_blocks, prove, trace
 
 GRID = 20
 METHODS = ("awq", "awq+", "gptq", "rtn")
 COMPENSATING = ("awq+", "gptq")
 """Methods that choose the codes of a weight together, see :func:`awq_ext.ops.quantize_compensated`."""
 SINGLE_TOKENS = 64  # windows of one token that folds are looked for on: enough to reach most experts of a mixture
-SEVERAL_TOKENS = 16  # in each of two windows that folds are proven on
 
 
 def quantize(

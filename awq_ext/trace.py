@@ -35,11 +35,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from awq_ext.calibrate import BlockInputs
 from awq_ext.errors import UnsupportedModelError
 from awq_ext.fold import Fold, apply_fold, norm_offset
 
 EQUAL = 1e-9
 """Largest difference, over the largest value, of what is computed in float64 in another order."""
+
+SEVERAL_TOKENS = 16
+"""In each of two windows: what folds are proven on."""
 
 Inputs = tuple[Tensor, tuple[Any, ...], dict[str, Any]]
 """What a block is called with: hidden states [samples, tokens, width], other arguments, those by name."""
@@ -187,11 +191,15 @@ def _differ(before: list[Tensor], after: list[Tensor]) -> str | None:
         return "the block's output changes its shape"
     worst = 0.0
     for x, y in zip(before, after, strict=True):
-        if x.is_floating_point() and x.numel():
-            error = float((y - x).abs().max() / x.abs().max().clamp(min=torch.finfo(x.dtype).tiny))
+        unequal = x != y  # masks have infinities, which have no difference
+        if unequal.any() and x.is_floating_point():
+            largest = x.nan_to_num(0, 0, 0).abs().max().clamp(min=torch.finfo(x.dtype).tiny)
+            error = float((y - x)[unequal].abs().max() / largest)
             worst = max(worst, math.inf if math.isnan(error) else error)
-        elif not torch.equal(x, y):
+        elif unequal.any():
             worst = math.inf
+    if math.isinf(worst):
+        return "the block's output is not finite, or would become another one altogether"
     return None if worst <= EQUAL else f"the block's output would change by {worst:.1g} of its largest value"
 
 
@@ -200,8 +208,8 @@ def _differ(before: list[Tensor], after: list[Tensor]) -> str | None:
 
 def _folded(twin: nn.Module, folds: Sequence[Fold], inputs: Inputs, half: bool = False) -> list[Tensor]:
     """A run with a random scale in each fold (``half``: only in the producer); the weights are put back."""
-    names = {name for fold in folds for name in (fold.producer, *fold.readers)}
-    parameters = [p for name in sorted(names) for p in twin.get_submodule(name).parameters()]
+    modules = {name: twin.get_submodule(name) for fold in folds for name in (fold.producer, *fold.readers)}
+    parameters = [parameter for module in modules.values() for parameter in module.parameters()]
     saved = [parameter.detach().clone() for parameter in parameters]
     try:
         for fold in folds:
@@ -211,8 +219,20 @@ def _folded(twin: nn.Module, folds: Sequence[Fold], inputs: Inputs, half: bool =
                 apply_fold(twin, replace(fold, readers=()) if half else fold, scale, torch.float64)
         return _run(twin, inputs)
     finally:
+        for name, module in modules.items():
+            twin.set_submodule(name, module)  # an activation has become a ScaledActivation
         for parameter, value in zip(parameters, saved, strict=True):
             parameter.data = value
+
+
+def few_inputs(model: nn.Module, blocks: Sequence[nn.Module]) -> BlockInputs | None:
+    """What a few tokens are when they come to each block; None for a model that cannot be run on tokens."""
+    try:
+        tokens = torch.arange(2 * SEVERAL_TOKENS).view(2, SEVERAL_TOKENS)
+        embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
+        return BlockInputs(model, blocks, tokens.remainder(embeddings.num_embeddings))
+    except Exception:  # it is no language model, is not in memory, or has no product in its dtype on its device
+        return None
 
 
 def _why_not_proven(twin: nn.Module, fold: Fold, inputs: Inputs) -> str | None:

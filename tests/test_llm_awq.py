@@ -25,7 +25,6 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from awq_ext import AwqLinear, CheckpointError, cli, load_quantized, quantize
-from awq_ext.families import FAMILIES
 from awq_ext.fold import norm_offset
 from awq_ext.llm_awq import apply_search_results, read_search_results
 from awq_ext.pickled import read_state_dict
@@ -182,13 +181,13 @@ def test_the_rounding_of_a_16_bit_norm_is_undone_in_its_readers(kind: str) -> No
     assert float(error.max()) < 2.0**-10
 
 
-@pytest.mark.parametrize("kind", sorted(FAMILIES))
+@pytest.mark.parametrize("kind", ["gemma3_text", "llama", "mistral", "qwen2", "qwen3"])
 def test_the_norm_itself_tells_what_it_adds_to_its_weight(kind: str) -> None:
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **COMMON, num_attention_heads=4, head_dim=16))
     for name, norm in model.named_modules():
         if name.endswith("layernorm"):
             norm.weight.data.normal_()
-            assert norm_offset(norm) == (1.0 if FAMILIES[kind].norm_adds_one else 0.0)
+            assert norm_offset(norm) == (1.0 if kind == "gemma3_text" else 0.0)
     assert norm_offset(nn.LayerNorm(8)) == 0.0
     assert norm_offset(nn.PReLU(8)) is None  # it has a weight of one dimension too
 
@@ -442,6 +441,21 @@ def test_results_that_do_not_fit_change_nothing(case: str) -> None:
     results, before = search(model, "llama"), state(model)
     change(results)
     with pytest.raises(CheckpointError, match=message):
+        apply_search_results(model, results)
+    assert unchanged(model, before)
+
+
+def test_rows_that_are_not_the_values_are_refused() -> None:
+    """The last rows of a fused [q; k; v] are the values only without grouped queries; with them, keys come first."""
+    config = AutoConfig.for_model("phi3", **COMMON, num_attention_heads=4, num_key_value_heads=2, pad_token_id=0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    before, scale = state(model), torch.linspace(0.5, 2, 64)
+    fold = ("model.layers.{}.self_attn.qkv_proj", "model.layers.{}.self_attn.o_proj")
+    results = {"scale": [(fold[0].format(i), (fold[1].format(i),), scale) for i in range(2)], "clip": []}
+    with pytest.raises(
+        CheckpointError,
+        match=r"layers\.0\.self_attn\.qkv_proj to self_attn\.o_proj: .*not the only ones \(the block's output would",
+    ):
         apply_search_results(model, results)
     assert unchanged(model, before)
 
