@@ -4,8 +4,11 @@
 // stored in the order of its target. Loading and storing move whole pieces of memory and know where a tile lies;
 // rearranging works on 8 KiB in the first cache and knows nothing but the order of the codes.
 //
-// Rearranging is bookkeeping with index bits. Say that a nibble's place in the tile is a number whose bits are named
-// after what they count; an order is then a permutation of the names, and every step below swaps or rotates some.
+// Rearranging is bookkeeping with index bits. Name the bits of a nibble's place in the tile after what they count, the
+// rows, the words or the nibbles of this or that: an order is a permutation of the names, and a transposition or an
+// exchange swaps some of them.
+#include <limits>
+
 #include "layout.h"
 #include "pack.h"
 #include "simd.h"
@@ -40,7 +43,7 @@ struct Area {
 
 // --- memory latency --------------------------------------------------------------------------------------------------
 
-/// The cache lines of an area, one after another.
+/// The cache lines of an area that have not been asked for yet.
 struct Lines {
   const std::uint8_t* row = nullptr;
   std::int64_t stride = 0, rows = 0, bytes = 0, byte = 0;
@@ -48,62 +51,59 @@ struct Lines {
   Lines() = default;
   template <class Byte>
   explicit Lines(const Area<Byte>& area)
-      : row(area.first), stride(area.stride), rows(area.rows), bytes(area.bytes), byte(line_of(row)) {}
+      : row(area.first), stride(area.stride), rows(area.rows), bytes(area.bytes), byte(to_line(row)) {}
 
-  static std::int64_t line_of(const std::uint8_t* p) {
+  /// From an address back to where its line begins.
+  static std::int64_t to_line(const std::uint8_t* p) {
     return -static_cast<std::int64_t>(reinterpret_cast<std::uintptr_t>(p) % 64);
   }
 
   std::int64_t count() const { return rows * ceil_div(bytes, 64); }
-  const std::uint8_t* next() {
-    const std::uint8_t* line = row + byte;
-    byte += 64;
-    if (byte >= bytes) --rows, row += stride, byte = line_of(row);
-    return line;
+
+  /// Into the second cache: rows of many matrices are a power of two apart and share few places in the first.
+  void ask(std::int64_t lines) {
+    Lines at = *this;
+    for (; lines > 0 && at.rows > 0; --lines) {
+      __builtin_prefetch(at.row + at.byte, 0, 1);
+      at.byte += 64;
+      if (at.byte >= at.bytes) --at.rows, at.row += at.stride, at.byte = to_line(at.row);
+    }
+    *this = at;
   }
 };
 
 /// Asks for memory while a tile is rearranged: a tile is some hundred lines far apart, which no hardware foresees, and
-/// asked for all at once they would be waited for. They are to go to the second cache: rows of many matrices are a
-/// power of two apart and share few places in the first.
+/// asked for all at once they would be waited for.
 class Ahead {
  public:
-  /// Spreads the lines of `read` and `write` over so many passes over the tile.
+  static constexpr int kSteps = 8;  // in a pass over the tile
+
+  /// Spreads the lines of `read` and `write` over so many passes.
   Ahead(const Lines& read, const Lines& write, int passes) : read_(read), write_(write) {
-    const std::int64_t most = read.count() > write.count() ? read.count() : write.count();
-    pace_ = passes == 0 ? 0 : ceil_div(most, std::int64_t{kSteps} * passes);
+    const std::int64_t steps = kSteps * (passes > 0 ? passes : 1);
+    read_pace_ = ceil_div(read.count(), steps);
+    write_pace_ = ceil_div(write.count(), steps);
   }
 
-  /// An eighth of a pass.
-  void step() { ask(pace_); }
-  static constexpr int kSteps = 8;
+  void step() {
+    read_.ask(read_pace_);
+    write_.ask(write_pace_);
+  }
 
   void finish() {
-    while (read_.rows > 0 || write_.rows > 0) ask(kSteps);
+    read_.ask(kEverything);
+    write_.ask(kEverything);
   }
 
  private:
-  void ask(std::int64_t lines) {
-    for (std::int64_t i = 0; i < lines; ++i) {
-      if (read_.rows > 0) __builtin_prefetch(read_.next(), 0, 1);
-      if (write_.rows > 0) __builtin_prefetch(write_.next(), 0, 1);
-    }
-  }
-
+  static constexpr std::int64_t kEverything = std::numeric_limits<std::int64_t>::max();
   Lines read_, write_;
-  std::int64_t pace_;
+  std::int64_t read_pace_, write_pace_;
 };
 
 // --- steps of rearranging --------------------------------------------------------------------------------------------
 
 inline Words* vector_at(Tile& tile, int row, int word) { return reinterpret_cast<Words*>(&tile.row[row][word]); }
-
-/// Exchanges the bits `mask << shift` of a with the bits `mask` of b.
-inline void exchange(Words& a, Words& b, int shift, std::uint32_t mask) {
-  const Words t = ((a >> shift) ^ b) & mask;
-  b ^= t;
-  a ^= t << shift;
-}
 
 /// Exchanges the bits `mask << shift` of x with its own bits `mask`.
 template <class Vector, class Mask>
@@ -142,20 +142,20 @@ inline constexpr RowOrder kAwqRows{
     {awq_order(0), awq_order(1), awq_order(2), awq_order(3), awq_order(4), awq_order(5), awq_order(6), awq_order(7)}};
 
 /// In every eight rows: the 8 x 8 nibbles of each column of words are transposed, row from.row[i] counting as the i-th
-/// before, and to.row[i] after.
+/// before, and to.row[i] after. The off-diagonal quarters of every 2 x 2 nibbles change places, then of every 4 x 4,
+/// then of all 8 x 8.
 inline void transpose_nibbles(Tile& tile, const RowOrder& from, const RowOrder& to, Ahead& ahead) {
   for (int first = 0; first < kBlock; first += 8) {
     for (int word = 0; word < kTileWords; word += kLanes) {
       Words a[8];
 #pragma GCC unroll 8
       for (int i = 0; i < 8; ++i) a[i] = *vector_at(tile, first + from.row[i], word);
-        // The off-diagonal quarters of every 2 x 2 nibbles change places, then of every 4 x 4, then of all 8 x 8.
 #pragma GCC unroll 4
-      for (int i = 0; i < 8; i += 2) exchange(a[i], a[i + 1], 4, 0x0f0f0f0fu);
+      for (int i = 0; i < 8; i += 2) exchange<4>(a[i], a[i + 1]);
 #pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) exchange(a[i + i / 2 * 2], a[i + i / 2 * 2 + 2], 8, 0x00ff00ffu);
+      for (int i = 0; i < 4; ++i) exchange<8>(a[i + i / 2 * 2], a[i + i / 2 * 2 + 2]);
 #pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) exchange(a[i], a[i + 4], 16, 0x0000ffffu);
+      for (int i = 0; i < 4; ++i) exchange<16>(a[i], a[i + 4]);
 #pragma GCC unroll 8
       for (int i = 0; i < 8; ++i) *vector_at(tile, first + to.row[i], word) = a[i];
     }
@@ -231,18 +231,14 @@ inline void swap_outer_bits_of_nibbles(Words (&a)[16]) {
 inline void swap_rows_and_bytes(Words (&a)[16]) {
 #pragma GCC unroll 16
   for (int i = 0; i < 16; ++i)
-    if (i % 8 < 4) exchange(a[i], a[i + 4], 8, 0x00ff00ffu);
+    if (i % 8 < 4) exchange<8>(a[i], a[i + 4]);
 #pragma GCC unroll 8
-  for (int i = 0; i < 8; ++i) exchange(a[i], a[i + 8], 16, 0x0000ffffu);
+  for (int i = 0; i < 8; ++i) exchange<16>(a[i], a[i + 8]);
 }
 
 inline void swap_rows_and_words(Words (&a)[16]) {
 #pragma GCC unroll 8
-  for (int i = 0; i < 8; ++i) {
-    const auto low = reinterpret_cast<Longs>(a[i]), high = reinterpret_cast<Longs>(a[i + 8]);
-    a[i] = reinterpret_cast<Words>((low & 0xffffffffu) | (high << 32));
-    a[i + 8] = reinterpret_cast<Words>((low >> 32) | (high & ~0xffffffffull));
-  }
+  for (int i = 0; i < 8; ++i) exchange<32>(a[i], a[i + 8]);
 }
 
 inline void marlin_to_rows(Tile& tile, Ahead& ahead) {
@@ -363,7 +359,7 @@ struct Packed {
     return {words + w.k0 / codes.tile_k * stride + w.n0 / codes.tile_n * tile, stride, across, down * tile};
   }
 
-  /// Passes over the tile between rows and the order in memory.
+  /// Passes over the tile, Ahead::kSteps steps each, between rows and the order in memory.
   int passes() const {
     const Placing placing = placing_of(codes);
     return (placing == Placing::marlin ? 2 : placing == Placing::rows ? 0 : 1) + (codes.tile_k == 1 ? 2 : 0);
