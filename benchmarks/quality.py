@@ -38,6 +38,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=20000)
     parser.add_argument("--bos", action="store_true")
+    parser.add_argument("--no-times", action="store_true", help="where others use the machine, too: seconds say nothing")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=["rtn", "gptq", "awq", "awq+"])
     args = parser.parse_args()
     results: dict[str, dict[str, float]] = {"original": score(args.model, args)}
@@ -53,7 +54,9 @@ def main() -> None:
                 out=f"{out}/model",
             )
             seconds = time.perf_counter() - start
-            results[method] = {**score(f"{out}/model", args), "quantize_seconds": seconds}
+            results[method] = score(f"{out}/model", args)
+            if not args.no_times:
+                results[method]["quantize_seconds"] = seconds
     for name, result in results.items():
         print(name, result)
     settings = {"group_size": args.group_size, "samples": args.samples, "seq_len": 512, "bos": args.bos}
