@@ -247,7 +247,7 @@ def _find_single_file(path: Path) -> str:
     files = sorted(file.name for file in path.glob("*.safetensors"))
     if SINGLE in files:
         return SINGLE
-    if len(files) > 1 or any(re.search(r"-of-0*([2-9]|\d{2,})\.safetensors$", file) for file in files):
+    if len(files) > 1 or any(re.search(r"-of-0*([2-9]|[1-9]\d+)\.safetensors$", file) for file in files):
         raise CheckpointError(f"{path} has {', '.join(files)} but no {INDEX}: it is incomplete; get it again")
     if files:
         return files[0]

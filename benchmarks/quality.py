@@ -38,7 +38,9 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=20000)
     parser.add_argument("--bos", action="store_true")
-    parser.add_argument("--no-times", action="store_true", help="where others use the machine, too: seconds say nothing")
+    parser.add_argument(
+        "--no-times", action="store_true", help="where others use the machine, too: seconds say nothing"
+    )
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=["rtn", "gptq", "awq", "awq+"])
     args = parser.parse_args()
     results: dict[str, dict[str, float]] = {"original": score(args.model, args)}
