@@ -16,6 +16,7 @@ try:
     from awq_ext import functional, ops
     from awq_ext.auto import AutoAWQForCausalLM
     from awq_ext.checkpoint import load_quantized, save_quantized
+    from awq_ext.convert import convert
     from awq_ext.linear import AwqLinear
     from awq_ext.quantizer import quantize
     from awq_ext.swap import replace_linears
@@ -42,6 +43,7 @@ __all__ = [
     "CheckpointError",
     "LibraryError",
     "UnsupportedModelError",
+    "convert",
     "functional",
     "load_quantized",
     "ops",
