@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from huggingface_hub import split_torch_state_dict_into_shards
 from torch import Tensor, nn
 
 from awq_ext.atomic import replace_directory
@@ -399,6 +398,8 @@ def _tensors_to_write(model: PreTrainedModel) -> dict[str, Tensor]:
 
 
 def _write_weights(path: Path, tensors: dict[str, Tensor], max_shard_size: int | str) -> None:
+    from huggingface_hub import split_torch_state_dict_into_shards
+
     split = split_torch_state_dict_into_shards(
         tensors, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size
     )

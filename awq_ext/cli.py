@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with warnings.catch_warnings():
             if not args.debug:
                 warnings.simplefilter("ignore")
-                _hush_libraries()
+                _hush_libraries(args.builds_model)
             # Some libraries print; stdout is for the result alone.
             with contextlib.redirect_stdout(sys.stderr):
                 if args.threads is not None:
@@ -94,12 +94,12 @@ def _print(output: Output, as_json: bool) -> None:
             console.print(item)
 
 
-def _hush_libraries() -> None:
-    """Keep Hugging Face's notices and progress bars away, ours are enough."""
-    from huggingface_hub.utils.tqdm import disable_progress_bars
-
-    if not sys.stderr.isatty():
-        disable_progress_bars()  # downloads can be long, so a terminal sees their bars
+def _hush_libraries(builds_model: bool) -> None:
+    """Keep Hugging Face's notices and progress bars away, ours are enough. Imports what the command needs anyway."""
+    if not sys.stderr.isatty():  # downloads can be long, so a terminal sees their bars
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if not builds_model:
+        return
     with contextlib.suppress(ImportError):
         import transformers
 
@@ -122,9 +122,9 @@ def _parser() -> argparse.ArgumentParser:
     common.add_argument("--threads", type=_positive, metavar="N", help="CPU threads (default: torch's choice)")
     common.add_argument("--debug", action="store_true", help="show tracebacks and the warnings of libraries")
 
-    def command(name: str, run: Any, text: str) -> argparse.ArgumentParser:
+    def command(name: str, run: Any, text: str, *, builds_model: bool = True) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, parents=[common], help=text, description=text)
-        sub.set_defaults(run=run)
+        sub.set_defaults(run=run, builds_model=builds_model)
         return sub
 
     sub = command("quantize", _quantize, "Quantize a model to 4 bits and save it as an AutoAWQ checkpoint.")
@@ -169,7 +169,9 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--max-new-tokens", type=_positive, default=64, metavar="N")
     sub.add_argument("--chat", action="store_true", help="put the prompt into the tokenizer's chat template")
 
-    sub = command("convert", _convert, "Write a quantized checkpoint in another layout, in a new directory.")
+    sub = command(
+        "convert", _convert, "Write a quantized checkpoint in another layout, in a new directory.", builds_model=False
+    )
     sub.add_argument(
         "src", metavar="SRC", help="directory or hub name of a quantized checkpoint, or llm-awq's .pt file"
     )
@@ -179,11 +181,16 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--group-size", type=_group_size, metavar="G", help="of a .pt file (default: 128)")
     _add_allow_pickle(sub)
 
-    sub = command("verify", _verify, "Read all of a quantized checkpoint and say what is wrong (exit code 1) or odd.")
+    sub = command(
+        "verify",
+        _verify,
+        "Read all of a quantized checkpoint and say what is wrong (exit code 1) or odd.",
+        builds_model=False,
+    )
     sub.add_argument("checkpoint", metavar="DIR", help="directory or hub name of a quantized checkpoint")
     sub.add_argument("--against", metavar="DIR", help="directory or hub name of the original model, to compare with")
 
-    sub = command("inspect", _inspect, "What is in a quantized checkpoint; reads no weights.")
+    sub = command("inspect", _inspect, "What is in a quantized checkpoint; reads no weights.", builds_model=False)
     sub.add_argument("checkpoint", metavar="DIR", help="directory or hub name of an AutoAWQ checkpoint")
 
     command("doctor", _doctor, "What is installed and loaded, and whether it computes right.")

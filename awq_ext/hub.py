@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from huggingface_hub import errors, snapshot_download
-
 from awq_ext.errors import CheckpointError
 
 # What a checkpoint is made of. Nothing that can run code (pickles, Python files), nothing in subdirectories.
@@ -50,6 +48,8 @@ def _looks_like_path(name: str) -> bool:
 def _snapshot(
     repo: str, revision: str | None, cache_dir: str | os.PathLike[str] | None, local_files_only: bool
 ) -> Path:
+    from huggingface_hub import errors, snapshot_download  # here: most checkpoints are directories
+
     what = f"'{repo}'" + (f" at revision '{revision}'" if revision else "")
     try:
         found = snapshot_download(
