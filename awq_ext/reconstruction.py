@@ -2,34 +2,39 @@
 
 A quantized weight is the original one, scaled and rounded. AWQ multiplies each input channel of a linear by a scale and
 divides by it what comes before, which may be another linear's output channel; so ``W_q[n, k]`` is ``r[n] c[k] W[n, k]``
-and a rounding error. r and c are estimated by least squares, and what remains is measured in steps, that is, in units
-of the scale of its group. Rounding to nearest leaves errors within half a step, 0.29 in the root mean square, with a
-mean of 0 over a group, and independent of the weight. Three figures tell when that is not so:
+and an error. r and c are estimated by least squares, and what remains is measured in steps, that is, in units of the
+scale of its group. Rounding to nearest leaves errors within half a step, 0.29 in the root mean square, of mean 0, and
+independent of the weight. GPTQ's are larger (it makes up for errors where the inputs do not look), by how much depends
+on its calibration, so size alone tells little. What does:
 
-- ``steps``, the root mean square of the errors: codes in another order have nothing to do with the weight;
-- ``offset``, the size of a group's mean error, the median over groups: a zero point off by one shifts it by one step;
-- ``spread``, how far groups are from the weight in size, the mean of ``|slope - 1|``: scales of another linear.
+- agreement, the cosine between W_q and ``r c W``, of each out_feature: codes in another order have little to do with
+  the weight; and of each tile of 64 out_features and at most 128 in_features, for damage to a part of them;
+- offset, the size of a row's mean error within a tile, the median of rows: a zero point off by one shifts it by a step;
+- spread, how far groups are from the weight in size, the mean of ``|slope - 1|``, and how many times that is what
+  chance would make of it: scales of another linear.
 
-The first two are taken of every tile of 64 out_features and at most 128 in_features, so that damage to a part of a
-weight is found. Measured on linears of SmolLM2-135M-Instruct (groups of 64) and stories260K (groups of 32), in the
-worst tile: the most that a sound linear has, and the least that a damaged one has in the figure that tells it.
+Measured on linears of SmolLM2-135M-Instruct (groups of 64) and stories260K (groups of 32): the worst that a sound
+linear has; and of damaged linears, in the figure that tells it, the best.
 
-====================================================  =====  ======  ======
-..                                                    steps  offset  spread
-====================================================  =====  ======  ======
-rounded to nearest                                     0.31    0.13   0.012
-AWQ with clipping                                      0.42    0.08   0.018
-GPTQ, damping 0.01                                     0.92    0.11   0.016
-GPTQ, damping 0.001                                    1.59    0.15   0.022
-limit                                                  2       0.5    0.035
-codes in another order of nibbles                      2.33
-codes of the next in_feature or out_feature            2.77
-zero points off by one                                         0.94
-zero points all 8, or in another order of nibbles              0.86
-scales and zero points of a row's groups reversed              0.92   0.096
-scales of another linear of the same kind                             0.069
-64 rows whose codes or zero points are all 0           6.3     4.8
-====================================================  =====  ======  ======
+===================================================  ====  ====  ======  =====  =====
+..                                                   row   tile  offset  spread
+---------------------------------------------------  ----  ----  ------  ------------
+rounded to nearest                                   0.99  0.99    0.13  0.012  x 1.4
+AWQ with clipping                                    0.97  0.99    0.09  0.018  x 1.8
+GPTQ, damping 0.01, 4096 tokens                      0.95  0.96    0.11  0.016  x 1.0
+GPTQ, 2048 tokens: up to 1.8 steps                   0.80  0.78    0.25  0.045  x 1.9
+limit                                                0.6   0.5     0.5   0.035  x 3
+codes in another order of nibbles                    0.46
+codes of the next out_feature or in_feature          0.10
+weight of another linear                             0.09
+one out_feature lost                                 0.23
+a tile of random codes                                     0.23    0.64
+64 out_features whose codes or zero points are 0                   4.8
+zero points off by one                                             0.94
+zero points all 8, or in another order of nibbles                  0.86
+scales and zero points of each row reversed                        0.92
+scales of another linear of the same kind                                0.069  x 6.1
+===================================================  ====  ====  ======  =====  =====
 
 Scales that are wrong by one factor for all groups of an out_feature, as they are where there is but one group, look
 like a scale that AWQ has folded in; :func:`undone` tells whether other inputs make up for it. Of one factor for the
@@ -58,9 +63,12 @@ COLUMNS = 128
 SAMPLE = 2**21  # weights from which the scales of in_features are estimated
 ROUNDS = 3  # of alternating least squares; the first is exact where there is but one kind of scale
 
-MOST_STEPS = 2.0
 MOST_OFFSET = 0.5
+LEAST_TILE = 0.5
+LEAST_ROW = 0.6
 MOST_SPREAD = 0.035
+MOST_NOISE = 3.0  # times what chance makes of the spread
+MEAN_OF_NORMAL = math.sqrt(2 / math.pi)  # of the absolute value, by the standard deviation
 FOLDED = 0.03  # scales whose median is nearer to 1 than that are none: rounding and clipping look the same
 
 
@@ -74,21 +82,33 @@ class Comparison:
     error: float
     direct: float
     steps: float
+    """Root mean square of the errors in steps."""
     offset: float
+    """The median tile's; ``worst_offset`` that of the worst."""
+    worst_offset: float
+    worst_tile: float
+    """The agreement of the worst tile, and of the worst out_feature."""
+    worst_row: float
     spread: float
-    tile_steps: float
-    """The worst tile's; ``tile_offset`` likewise."""
-    tile_offset: float
+    noise: float
+    """What chance alone would make of the spread."""
     bad_tiles: int
     """Of ``tiles``, those beyond a limit."""
     tiles: int
+    bad_rows: int
+    """The out_features beyond a limit."""
     folded: str
     """Which channels were scaled: "", "in", "out", "in, out", or "all" if it was by one factor (but for a few)."""
 
     @property
     def score(self) -> float:
         """At most 1 if the linear is what the original becomes by rounding; infinite where nothing can be said."""
-        parts = (self.tile_steps / MOST_STEPS, self.tile_offset / MOST_OFFSET, self.spread / MOST_SPREAD)
+        parts = (
+            self.worst_offset / MOST_OFFSET,
+            (1 - self.worst_tile) / (1 - LEAST_TILE),
+            (1 - self.worst_row) / (1 - LEAST_ROW),
+            min(self.spread / MOST_SPREAD, self.spread / (MOST_NOISE * self.noise) if self.noise else math.inf),
+        )
         return max(part if math.isfinite(part) else math.inf for part in parts)
 
     @property
@@ -97,11 +117,11 @@ class Comparison:
         if self.score <= 1:
             return None
         text = f"is not the original's weight, rounded: errors of {self.steps:.2f} steps (0.29 expected)"
-        if self.bad_tiles:
-            text += f", out of line in {self.bad_tiles} of {self.tiles} tiles"
+        if self.bad_tiles or self.bad_rows:
+            text += f", {self.bad_tiles} of {self.tiles} tiles and {self.bad_rows} output channels out of line"
         if self.offset > MOST_OFFSET:
             return f"{text}, groups shifted by {self.offset:.2f} steps; look at the zero points"
-        if self.bad_tiles:
+        if self.bad_tiles or self.bad_rows:
             return f"{text}; look at the order of codes and groups, and for damage"
         return f"{text}, groups off in size by {self.spread:.0%}; look at the scales"
 
@@ -240,10 +260,11 @@ class _Measured:
         part = math.gcd(g, COLUMNS)
         self.columns = part if part >= 16 else g  # of a tile; a mean over fewer says little
         self.products = torch.empty(min(ROWS, n), k)
-        self.count = self.square = self.slopes = self.sizes = 0.0
+        self.count = self.square = self.slopes = self.noise = self.sizes = 0.0
         self.difference = self.size = self.direct = self.original = 0.0
         self.offsets: list[Tensor] = []
-        self.tile_steps: list[Tensor] = []
+        self.tiles: list[Tensor] = []
+        self.rows: list[Tensor] = []
 
     def add(self, x: Tensor, y: Tensor, c: Tensor, scales: Tensor) -> Tensor:
         """A tile's rows, in steps, which are overwritten; returns r, the factors of these outputs."""
@@ -251,39 +272,47 @@ class _Measured:
         products = self.products[:m]
 
         def sums(a: Tensor, b: Tensor) -> Tensor:
-            """Of products, over each group."""
-            return torch.mul(a, b, out=products).view(m, -1, self.g).sum(2)
+            """Of products, over the columns of each tile."""
+            return torch.mul(a, b, out=products).view(m, -1, self.columns).sum(2)
+
+        def by_group(tiles: Tensor) -> Tensor:
+            return tiles.view(m, -1, self.g // self.columns).sum(2)
 
         def weighed(squares: Tensor) -> float:
-            """Of squares of steps by group, the sum of squares of what they are in weights."""
-            return float((squares.double() * scales.double().square()).sum())
+            """Of squares of steps, the sum of squares of what they are in weights."""
+            return float((by_group(squares).double() * scales.double().square()).sum())
 
         self.original += weighed(sums(x, x))
-        self.size += weighed(sums(y, y))
         x -= y
         self.direct += weighed(sums(x, x))
         x += y
         x *= c
-        xx, xy = sums(x, x), sums(x, y)
+        xx, xy, yy = sums(x, x), sums(x, y), sums(y, y)
         r = _slope(xy.sum(1), xx.sum(1))
         x *= r[:, None]
         y -= x
-        self.difference += weighed(sums(y, y))
-
-        sizes, slopes = xx * r[:, None].square(), _slope(xy, xx * r[:, None])
-        self.slopes += float((sizes * (slopes - 1).abs()).sum())
-        self.sizes += float(sizes.sum())
-        tiles = (m, -1, self.columns)
-        squares = products.view(tiles).sum(2)
+        squares = sums(y, y)
+        self.difference += weighed(squares)
+        self.size += weighed(yy)
         self.count += y.numel()
         self.square += float(squares.sum())
-        self.tile_steps.append((squares.sum(0) / (m * self.columns)).sqrt())
-        self.offsets.append(y.view(tiles).mean(2).abs().median(0).values)
+
+        xx, xy = xx * r[:, None].square(), xy * r[:, None]
+        self.offsets.append(y.view(m, -1, self.columns).mean(2).abs().median(0).values)
+        self.tiles.append(_agreement(xx.sum(0), xy.sum(0), yy.sum(0), m * self.columns))
+        self.rows.append(_agreement(xx.sum(1), xy.sum(1), yy.sum(1), self.k))
+
+        xx, xy, yy = by_group(xx), by_group(xy), by_group(yy)
+        slopes = _slope(xy, xx)
+        deviations = ((yy - slopes * xy).clamp_min(0) / (max(self.g - 1, 1) * xx)).sqrt()  # what chance does to a slope
+        self.slopes += float((xx * (slopes - 1).abs()).sum())
+        self.noise += float((xx * deviations).nan_to_num(0).sum()) * MEAN_OF_NORMAL
+        self.sizes += float(xx.sum())
         return r
 
     def result(self, name: str, file: str, folded: str) -> Comparison:
-        steps, offsets = torch.stack(self.tile_steps), torch.stack(self.offsets)
-        bad = ~(steps <= MOST_STEPS) | ~(offsets <= MOST_OFFSET)
+        offsets, tiles, rows = torch.stack(self.offsets), torch.stack(self.tiles), torch.cat(self.rows)
+        bad = ~(offsets <= MOST_OFFSET) | ~(tiles >= LEAST_TILE)
         return Comparison(
             name=name,
             file=file,
@@ -291,13 +320,25 @@ class _Measured:
             direct=_root(self.direct, self.original),
             steps=_root(self.square, self.count),
             offset=offsets.median().item(),
+            worst_offset=offsets.max().item(),
+            worst_tile=tiles.min().item(),
+            worst_row=rows.min().item(),
             spread=self.slopes / self.sizes if self.sizes else 0.0,
-            tile_steps=steps.max().item(),
-            tile_offset=offsets.max().item(),
+            noise=self.noise / self.sizes if self.sizes else 0.0,
             bad_tiles=int(bad.sum()),
             tiles=bad.numel(),
+            bad_rows=int((~(rows >= LEAST_ROW)).sum()),
             folded=folded,
         )
+
+
+def _agreement(xx: Tensor, xy: Tensor, yy: Tensor, count: int) -> Tensor:
+    """The cosine between x and y of ``count`` elements each, from sums of products.
+
+    As much as rounding may be is added to all of them, so that what is smaller than that agrees.
+    """
+    rounding = count / 12
+    return (xy + rounding) / ((xx + rounding) * (yy + rounding)).sqrt()
 
 
 def _root(part: float, whole: float) -> float:

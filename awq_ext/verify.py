@@ -43,6 +43,7 @@ from awq_ext.swap import excluded_by
 
 MOST_FINDINGS = 50  # that are kept of problems, and of warnings
 MOST_COMPARED = 10  # that are shown as text
+MOST_NAMES = 2**24  # comparisons of a tensor's name with an entry of modules_to_not_convert: seconds
 PIECE = 4 * 2**20  # bytes of a tensor that are looked at at a time
 CODES = 2**22  # codes that are looked at at a time
 GROUP_SIZES = (128, 64, 32, 16, 256, 512, 1024, -1)  # that are tried if the config's is wrong
@@ -116,10 +117,11 @@ class VerifyReport:
         if not self.compared:
             return [self.summary()]
         title = f"errors against the original, the worst {MOST_COMPARED} first"
-        columns = ("linear", "relative error", "unfolded", "steps", "offset", "spread", "scaled channels", "")
+        columns = ("linear", "error", "unfolded", "steps", "offset", "agreement", "spread", "scaled channels", "")
         table = Table(*columns, title=title, title_justify="left")
         for c in self.compared[:MOST_COMPARED]:
-            figures = (f"{c.error:.4f}", f"{c.direct:.4f}", f"{c.steps:.3f}", f"{c.offset:.3f}", f"{c.spread:.4f}")
+            agreement = min(c.worst_tile, c.worst_row)
+            figures = [f"{x:.3f}" for x in (c.error, c.direct, c.steps, c.worst_offset, agreement, c.spread)]
             table.add_row(escape(c.name), *figures, c.folded, "OUT OF LINE" if c.out_of_line else "")
         return [table, self.summary()]
 
@@ -129,13 +131,14 @@ def _count(number: int, what: str) -> str:
 
 
 def _plain(comparison: Comparison) -> dict[str, Any]:
-    numbers = ("error", "direct", "steps", "offset", "spread", "tile_steps", "tile_offset", "score")
-    values = {name: getattr(comparison, name) for name in numbers}
+    numbers = ("error", "direct", "steps", "offset", "worst_offset", "worst_tile", "worst_row", "spread", "noise")
+    values = {name: getattr(comparison, name) for name in (*numbers, "score")}
     return {
         "name": comparison.name,
         **{name: value if math.isfinite(value) else None for name, value in values.items()},
         "bad_tiles": comparison.bad_tiles,
         "tiles": comparison.tiles,
+        "bad_rows": comparison.bad_rows,
         "folded": comparison.folded,
         "out_of_line": comparison.out_of_line is not None,
     }
@@ -348,16 +351,20 @@ def _check_names(checkpoint: Checkpoint, notes: _Notes) -> None:
     if checkpoint.layout.name in GPTQ or any(entry.startswith("re:") for entry in listed):
         return  # they have rules of their own; patterns of a checkpoint are not run
 
+    key = "ignore" if checkpoint.layout.name == COMPRESSED else "modules_to_not_convert"
+    if len(listed) * len(checkpoint.info) > MOST_NAMES:
+        notes.warning(f"config.json: {key} has {len(listed)} names, too many to look at", "config.json")
+        return
+
     def excluded(name: str) -> str | None:
         if checkpoint.layout.name == COMPRESSED:
             return name if name in listed else None
         return excluded_by(name, listed)
 
-    key = "ignore" if checkpoint.layout.name == COMPRESSED else "modules_to_not_convert"
     for name in checkpoint.linears:
         entry = excluded(name)
         if entry is not None:
-            what = f"config.json: {key} has {entry!r}, so readers will not look for {name}, which is quantized"
+            what = f"config.json: {key} has {entry!r:.200}, so readers will not look for {name}, which is quantized"
             notes.warning(what, "config.json", name)
     blocks = {_block(name) for name in checkpoint.linears} - {""}
     for name, tensor in checkpoint.info.items():

@@ -500,6 +500,18 @@ def test_linears_that_the_config_has_otherwise(
     assert [warning.tensor for warning in report.warnings] == warned
 
 
+def test_more_names_than_can_be_looked_at(tmp_path: Path) -> None:
+    path = make(tmp_path / "model")
+    configure(path, modules_to_not_convert=[str(i) for i in range(100_000)])
+    extra = {f"x{i}": torch.ones(1) for i in range(200)}
+    edit(path, lambda tensors: tensors.update(extra))
+    report = verify(path)
+    assert report.ok
+    assert [warning.what for warning in report.warnings] == [
+        "config.json: modules_to_not_convert has 100000 names, too many to look at"
+    ]
+
+
 def test_constant_weights_and_groups(tmp_path: Path) -> None:
     path = make(tmp_path / "model", "gemv")
 
@@ -537,6 +549,8 @@ def quantized(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Qua
         "rtn": {"q_group_size": 64, "method": "rtn"},
         "symmetric": {"q_group_size": 64, "method": "rtn", "zero_point": False},
         "one group": {"q_group_size": -1, "method": "rtn"},
+        "gptq": {"q_group_size": 32, "method": "gptq"},
+        "awq+": {"q_group_size": 32, "method": "awq+"},
     }
     tokens = torch.randint(3, 320, (4, 64), generator=torch.Generator().manual_seed(0))
 
@@ -558,6 +572,7 @@ def quantized(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Qua
         *(("rtn", layout) for layout in ("gemm", "gemv", "compressed-tensors")),
         *(("symmetric", layout) for layout in ("gemm", "marlin", "gptq", "compressed-tensors")),
         *(("one group", layout) for layout in ("gemm", "gptq_v2")),
+        *((method, "gemm") for method in ("gptq", "awq+")),
     ],
 )
 def test_what_was_quantized_is_in_line(quantized: Quantized, tiny_llama: Path, method: str, layout: str) -> None:
@@ -566,10 +581,10 @@ def test_what_was_quantized_is_in_line(quantized: Quantized, tiny_llama: Path, m
     assert len(report.compared) == report.linears == 14
     assert report.compared[0].score == max(comparison.score for comparison in report.compared) < 0.6
     for comparison in report.compared:
-        assert 0.2 < comparison.steps < 0.4
+        assert 0.2 < comparison.steps < (1.5 if method in ("gptq", "awq+") else 0.4)
         assert comparison.error <= comparison.direct * 1.001
     folded = {comparison.folded for comparison in report.compared}
-    assert ("in, out" in folded) == (method == "awq")
+    assert ("in, out" in folded) == method.startswith("awq")
 
 
 @pytest.mark.parametrize("layout", ["gemm", "gemv_fast", "marlin"])
@@ -584,6 +599,8 @@ def test_the_figures_are_those_of_the_weights(quantized: Quantized, tiny_llama: 
         assert comparison.direct == pytest.approx((error.norm() / w.norm()).item(), rel=1e-5)
         assert comparison.steps == pytest.approx((error / s).square().mean().sqrt().item(), rel=0.05)
         assert comparison.offset == pytest.approx((error / s).mean(2).abs().median().item(), abs=0.02)
+        agreement = torch.cosine_similarity(w, w_q)
+        assert comparison.worst_row == pytest.approx(agreement.min().item(), abs=0.01)
 
 
 @pytest.mark.parametrize("original", ["gptqmodel-gptq-v1", "autoround-awq-gemm"])
@@ -651,6 +668,8 @@ OUT_OF_LINE: dict[str, tuple[Callable[[Tensors], object], list[str]]] = {
     "rows rolled": (codes(lambda q: q.roll(1, 0)), [Q]),
     "columns rolled": (codes(lambda q: q.roll(1, 1)), [Q]),
     "columns of a tile lost": (codes(lambda q: torch.cat([torch.zeros_like(q[:, :32]), q[:, 32:]], 1)), [Q]),
+    "a row lost": (codes(lambda q: torch.cat([q[:5], q[5:6].flip(1), q[6:]])), [Q]),
+    "a tile of other codes": (codes(lambda q: torch.cat([torch.cat([q[64:, :64], q[:64, 64:]], 1), q[64:]])), [Q]),
     "rows of a tile lost": (codes(lambda q: torch.cat([q[:64], torch.zeros_like(q[64:])])), [Q]),
 }
 
