@@ -44,6 +44,13 @@ class Output:
     exit_code: int = 0
 
 
+def program() -> None:
+    """The process of ``awq-ext``: runs a command and ends at once; torch alone would take half a second to leave."""
+    code = main()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; ``argv`` (None: the process's) is without the program's name."""
     args = _parser().parse_args(argv)
@@ -60,6 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     torch.set_num_threads(args.threads)
                 output: Output = args.run(args)
         _print(output, args.json)
+        sys.stdout.flush()
         return output.exit_code
     except KeyboardInterrupt:
         return _complain("interrupted", args.debug, 130)
