@@ -470,19 +470,24 @@ struct ByteTarget {
 
 // --- tile after tile -------------------------------------------------------------------------------------------------
 
-/// Moves the tiles of the blocks [begin, end) along `axis`.
+/// Moves the tiles of the blocks [begin, end) along `axis`. Four blocks go together, tile by tile of each in turn:
+/// tiles side by side across the blocks lie in the same pages of memory, which a CPU remembers only so many of.
 template <class Source, class Target>
 inline void convert(const Source& source, const Target& target, Axis axis, std::int64_t n, std::int64_t k,
                     std::int64_t begin, std::int64_t end) {
+  constexpr std::int64_t kGroup = 4;
   const std::int64_t tiles = ceil_div(axis == Axis::n ? k : n, kBlock);  // in a block
-  const auto window = [&](std::int64_t tile) {
-    const std::int64_t block = tile / tiles * kBlock, other = tile % tiles * kBlock;
-    return axis == Axis::n ? Window{n, k, block, other} : Window{n, k, other, block};
+  const auto window = [&](std::int64_t i) {
+    const std::int64_t first = begin + i / (kGroup * tiles) * kGroup, place = i % (kGroup * tiles);
+    const std::int64_t blocks = end - first < kGroup ? end - first : kGroup;
+    const std::int64_t along = (first + place % blocks) * kBlock, across = place / blocks * kBlock;
+    return axis == Axis::n ? Window{n, k, along, across} : Window{n, k, across, along};
   };
   Tile tile;
-  for (std::int64_t i = begin * tiles; i < end * tiles; ++i) {
+  const std::int64_t count = (end - begin) * tiles;
+  for (std::int64_t i = 0; i < count; ++i) {
     const Window w = window(i);
-    const Lines next = i + 1 < end * tiles ? Lines(source.area(window(i + 1))) : Lines();
+    const Lines next = i + 1 < count ? Lines(source.area(window(i + 1))) : Lines();
     Ahead ahead(next, Lines(target.area(w)), source.passes() + target.passes());
     source.load(w, tile, ahead);
     target.store(w, tile, ahead);
