@@ -1,7 +1,8 @@
 """Typed wrappers of ``torch.ops.awq_ext.*`` and, under each, its fake (shape-only) kernel.
 
 n = out_features, k = in_features, g = group_size (-1 means k), G = k / g, and the weight is
-``W[n, k] = (q[n, k] - z[n, k // g]) * s[n, k // g]`` with codes q and zeros z in 0..15.
+``W[n, k] = (q[n, k] - z[n, k // g]) * s[n, k // g]`` with codes q and zeros z in 0..15. The operators that choose codes
+take ``w_bit`` from 2 to 8, for codes and zeros in 0 .. 2^w_bit - 1; only those of 4 bits can be packed.
 Every operator raises RuntimeError for a tensor of the wrong shape, dtype or device; the message names the tensor,
 what was expected and what was got. Outputs are new tensors. The same input gives the same bytes at any number of
 threads.
@@ -101,23 +102,24 @@ def quantize(
     w: Tensor,
     *,
     group_size: int,
+    w_bit: int = 4,
     zero_point: bool = True,
     range: Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Round w float [n, k] to nearest 4-bit codes, group by group.
+    """Round w float [n, k] to nearest codes, group by group.
 
     range float32 [n, G, 2] is the lowest and highest value of each group that codes must reach (widened to include
     zero; None: the group's minimum and maximum); weights outside saturate. With zero_point
-    ``s = (hi - lo) / 15, z = round(-lo / s)``, else ``s = max(-lo, hi) / 7, z = 8``. s is rounded to ``dtype``
-    (None: float16) before codes are chosen. An all-zero group has s = 1.
+    ``s = (hi - lo) / (2^w_bit - 1), z = round(-lo / s)``, else ``z = 2^(w_bit - 1), s = max(-lo, hi) / (z - 1)``. s is
+    rounded to ``dtype`` (None: float16) before codes are chosen. An all-zero group has s = 1.
 
     Returns q uint8 [n, k], scales ``dtype`` [n, G], zeros uint8 [n, G]. On a CPU, weights that are not finite and
     scales that ``dtype`` cannot hold raise RuntimeError; on CUDA (no synchronisation) such a group's scale is NaN.
     Source of the formulas: AutoAWQ ``awq/quantize/quantizer.py pseudo_quantize_tensor``, with a range that always
     includes zero, so that a group of one sign does not saturate.
     """
-    return _ops.quantize(w, group_size=group_size, zero_point=zero_point, range=range, dtype=dtype)
+    return _ops.quantize(w, group_size=group_size, w_bit=w_bit, zero_point=zero_point, range=range, dtype=dtype)
 
 
 @torch.library.register_fake("awq_ext::quantize")
@@ -125,13 +127,14 @@ def _quantize_fake(
     w: Tensor,
     *,
     group_size: int,
+    w_bit: int = 4,
     zero_point: bool = True,
     range: Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     _check_tensors("quantize", w=w, range=range)
     n, groups = _check_float_weight("quantize", w, group_size)
-    _check_storage("quantize", dtype)
+    _check_rounding("quantize", w_bit, dtype)
     _check_range("quantize", range, n, groups)
     return (
         w.new_empty(w.shape, dtype=torch.uint8),
@@ -187,6 +190,7 @@ def search_scale(
     gram: Tensor,
     *,
     group_size: int,
+    w_bit: int = 4,
     grid: int = 20,
     duo_scaling: bool = True,
     zero_point: bool = True,
@@ -194,7 +198,7 @@ def search_scale(
     row_weight: Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The per-input-channel scale c that makes 4-bit rounding of ``w * c`` lose least.
+    """The per-input-channel scale c that makes rounding of ``w * c`` lose least.
 
     w float [n, k] (the rows of every linear that reads the same input, concatenated); x_mean float32 [k], the mean of
     |x| over tokens; gram float32 [k, k], the mean of x^T x over tokens; tie int64 [k], channels with the same number
@@ -217,6 +221,7 @@ def search_scale(
         x_mean,
         gram,
         group_size=group_size,
+        w_bit=w_bit,
         grid=grid,
         duo_scaling=duo_scaling,
         zero_point=zero_point,
@@ -233,6 +238,7 @@ def _search_scale_fake(
     gram: Tensor,
     *,
     group_size: int,
+    w_bit: int = 4,
     grid: int = 20,
     duo_scaling: bool = True,
     zero_point: bool = True,
@@ -242,7 +248,7 @@ def _search_scale_fake(
 ) -> tuple[Tensor, Tensor]:
     _check_tensors("search_scale", w=w, x_mean=x_mean, gram=gram, tie=tie, row_weight=row_weight)
     _check_float_weight("search_scale", w, group_size)
-    _check_storage("search_scale", dtype)
+    _check_rounding("search_scale", w_bit, dtype)
     _check_grid("search_scale", grid)
     k = w.shape[1]
     mean_ok = x_mean.dtype == torch.float32 and x_mean.dim() == 1 and x_mean.shape[0] == k
@@ -251,12 +257,63 @@ def _search_scale_fake(
     if tie is not None:
         tie_ok = tie.dtype == torch.int64 and tie.dim() == 1 and tie.shape[0] == k
         _check(tie_ok, "search_scale", "tie", f"[{k}] int64", tie)
-    if row_weight is not None:
-        n = w.shape[0]
-        weight_ok = row_weight.dtype == torch.float32 and row_weight.dim() == 1 and row_weight.shape[0] == n
-        _check(weight_ok, "search_scale", "row_weight", f"[{n}] float32", row_weight)
+    _check_row_weight("search_scale", row_weight, w.shape[0])
     candidates = 1 + grid * (2 if duo_scaling else 1)
     return w.new_empty((k,), dtype=torch.float32), w.new_empty((candidates,), dtype=torch.float64)
+
+
+def scale_losses(
+    w: Tensor,
+    candidates: Tensor,
+    gram: Tensor,
+    *,
+    group_size: int,
+    w_bit: int = 4,
+    zero_point: bool = True,
+    row_weight: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """What :func:`search_scale` compares, for given scales: the loss of rounding ``w * c``, by any gram.
+
+    candidates float32 [c, k], all positive; the rest as for :func:`search_scale`, whose losses these are to the bit if
+    the candidates are its own. So a scale that was chosen on some tokens can be tried on others.
+
+    Returns losses float64 [c], infinity where ``dtype`` cannot hold the group scales. CPU only. Raises RuntimeError
+    for candidates that are not finite and positive.
+    """
+    return _ops.scale_losses(
+        w,
+        candidates,
+        gram,
+        group_size=group_size,
+        w_bit=w_bit,
+        zero_point=zero_point,
+        row_weight=row_weight,
+        dtype=dtype,
+    )
+
+
+@torch.library.register_fake("awq_ext::scale_losses")
+def _scale_losses_fake(
+    w: Tensor,
+    candidates: Tensor,
+    gram: Tensor,
+    *,
+    group_size: int,
+    w_bit: int = 4,
+    zero_point: bool = True,
+    row_weight: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    _check_tensors("scale_losses", w=w, candidates=candidates, gram=gram, row_weight=row_weight)
+    n, _ = _check_float_weight("scale_losses", w, group_size)
+    _check_rounding("scale_losses", w_bit, dtype)
+    k = w.shape[1]
+    candidates_ok = candidates.dtype == torch.float32 and candidates.dim() == 2 and candidates.shape[1] == k
+    _check(candidates_ok, "scale_losses", "candidates", f"[c, {k}] float32", candidates)
+    _check_gram("scale_losses", gram, k)
+    _check_row_weight("scale_losses", row_weight, n)
+    return w.new_empty((candidates.shape[0],), dtype=torch.float64)
 
 
 def search_clip(
@@ -264,6 +321,7 @@ def search_clip(
     gram: Tensor,
     *,
     group_size: int,
+    w_bit: int = 4,
     grid: int = 20,
     max_shrink: float = 0.5,
     zero_point: bool = True,
@@ -280,7 +338,14 @@ def search_clip(
     ``awq/quantize/quantizer.py _compute_best_clip``, with all tokens instead of 512 and with separate ends.
     """
     return _ops.search_clip(
-        w, gram, group_size=group_size, grid=grid, max_shrink=max_shrink, zero_point=zero_point, dtype=dtype
+        w,
+        gram,
+        group_size=group_size,
+        w_bit=w_bit,
+        grid=grid,
+        max_shrink=max_shrink,
+        zero_point=zero_point,
+        dtype=dtype,
     )
 
 
@@ -290,6 +355,7 @@ def _search_clip_fake(
     gram: Tensor,
     *,
     group_size: int,
+    w_bit: int = 4,
     grid: int = 20,
     max_shrink: float = 0.5,
     zero_point: bool = True,
@@ -297,7 +363,7 @@ def _search_clip_fake(
 ) -> Tensor:
     _check_tensors("search_clip", w=w, gram=gram)
     n, groups = _check_float_weight("search_clip", w, group_size)
-    _check_storage("search_clip", dtype)
+    _check_rounding("search_clip", w_bit, dtype)
     _check_grid("search_clip", grid)
     torch._check(0 <= max_shrink < 1, lambda: f"awq_ext::search_clip: max_shrink must be in [0, 1), got {max_shrink}")
     _check_gram("search_clip", gram, w.shape[1])
@@ -309,6 +375,7 @@ def quantize_compensated(
     gram: Tensor,
     *,
     group_size: int,
+    w_bit: int = 4,
     zero_point: bool = True,
     range: Tensor | None = None,
     damping: float = 0.01,
@@ -317,7 +384,7 @@ def quantize_compensated(
     refit_scales: bool = True,
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Round w float [n, k] to 4-bit codes that lose little in the output together, where :func:`quantize` rounds each
+    """Round w float [n, k] to codes that lose little in the output together, where :func:`quantize` rounds each
     weight to nearest.
 
     gram float32 [k, k] = mean of x^T x over tokens; the loss of a row is ``d gram d^T`` with d = dequantized - w, its
@@ -338,6 +405,7 @@ def quantize_compensated(
         w,
         gram,
         group_size=group_size,
+        w_bit=w_bit,
         zero_point=zero_point,
         range=range,
         damping=damping,
@@ -354,6 +422,7 @@ def _quantize_compensated_fake(
     gram: Tensor,
     *,
     group_size: int,
+    w_bit: int = 4,
     zero_point: bool = True,
     range: Tensor | None = None,
     damping: float = 0.01,
@@ -365,7 +434,7 @@ def _quantize_compensated_fake(
     op = "quantize_compensated"
     _check_tensors(op, w=w, gram=gram, range=range)
     n, groups = _check_float_weight(op, w, group_size)
-    _check_storage(op, dtype)
+    _check_rounding(op, w_bit, dtype)
     _check_gram(op, gram, w.shape[1])
     _check_range(op, range, n, groups)
     torch._check(0 < damping <= 1, lambda: f"awq_ext::{op}: damping must be in (0, 1], got {damping}")
@@ -408,6 +477,11 @@ def _check_storage(op: str, dtype: torch.dtype | None) -> None:
     )
 
 
+def _check_rounding(op: str, w_bit: int, dtype: torch.dtype | None) -> None:
+    torch._check(2 <= w_bit <= 8, lambda: f"awq_ext::{op}: w_bit must be 2..8, got {w_bit}")
+    _check_storage(op, dtype)
+
+
 def _group(op: str, group_size: int, k: int) -> int:
     torch._check(
         group_size > 0 or group_size == -1,
@@ -435,6 +509,12 @@ def _check_range(op: str, range: Tensor | None, n: int, groups: int) -> None:
 def _check_gram(op: str, gram: Tensor, k: int) -> None:
     gram_ok = gram.dtype == torch.float32 and gram.dim() == 2 and gram.shape[0] == k and gram.shape[1] == k
     _check(gram_ok, op, "gram", f"[{k}, {k}] float32", gram)
+
+
+def _check_row_weight(op: str, row_weight: Tensor | None, n: int) -> None:
+    if row_weight is not None:
+        weight_ok = row_weight.dtype == torch.float32 and row_weight.dim() == 1 and row_weight.shape[0] == n
+        _check(weight_ok, op, "row_weight", f"[{n}] float32", row_weight)
 
 
 def _codes(op: str, layout: str) -> Codes:

@@ -133,14 +133,22 @@ def linear_bound(
 
 
 def check_quantized(
-    w: Tensor, q: Tensor, s: Tensor, z: Tensor, group: int, zero_point: bool, range: Tensor | None = None
+    w: Tensor,
+    q: Tensor,
+    s: Tensor,
+    z: Tensor,
+    group: int,
+    zero_point: bool,
+    range: Tensor | None = None,
+    w_bit: int = 4,
 ) -> None:
     """Asserts that (q, s, z) is a rounding to nearest of w by the documented rules, in exact arithmetic."""
     n, _ = w.shape
+    last, middle = 2**w_bit - 1, 2 ** (w_bit - 1)
     w, dtype = w.double().reshape(n, -1, group), s.dtype
     ends = torch.stack([w.amin(-1), w.amax(-1)], -1) if range is None else range.double()
     lo, hi = ends[..., 0].clamp(max=0), ends[..., 1].clamp(min=0)
-    exact = (hi - lo) / 15 if zero_point else torch.maximum(-lo, hi) / 7
+    exact = (hi - lo) / last if zero_point else torch.maximum(-lo, hi) / (middle - 1)
     empty = exact == 0
     s, z, q = s.double(), z.double(), q.double().reshape(n, -1, group)
     assert (s[empty] == 1).all()
@@ -154,25 +162,29 @@ def check_quantized(
     if dtype != torch.float32:
         assert ((error >= -slack) & (error <= SMALLEST[dtype] + slack))[~normal].all()
 
-    want_z = (-lo / s).clamp(0, 15) if zero_point else torch.full_like(z, 8)
-    assert ((z - want_z).abs() <= (0.5 + 1e-5 if zero_point else 0))[~empty].all()
-    assert ((z >= 0) & (z <= 15)).all()
-    want_q = (w / s[..., None] + z[..., None]).clamp(0, 15)
-    assert ((q - want_q).abs() <= 0.5 + 1e-5).all()
+    slack = 1e-6 * 2**w_bit
+    want_z = (-lo / s).clamp(0, last) if zero_point else torch.full_like(z, middle)
+    assert ((z - want_z).abs() <= (0.5 + slack if zero_point else 0))[~empty].all()
+    assert ((z >= 0) & (z <= last)).all()
+    want_q = (w / s[..., None] + z[..., None]).clamp(0, last)
+    assert ((q - want_q).abs() <= 0.5 + slack).all()
 
 
-def _parameters(lo: Tensor, hi: Tensor, zero_point: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _parameters(lo: Tensor, hi: Tensor, zero_point: bool, dtype: torch.dtype, w_bit: int) -> tuple[Tensor, Tensor]:
+    last, middle = 2**w_bit - 1, 2 ** (w_bit - 1)
     lo, hi = lo.clamp(max=0), hi.clamp(min=0)
-    scale = (hi / 15 - lo / 15) if zero_point else torch.maximum(-lo, hi) / 7
+    scale = (hi / last - lo / last) if zero_point else torch.maximum(-lo, hi) / (middle - 1)
     scale = torch.where(scale == 0, torch.ones_like(scale), scale).to(dtype).float()
-    return scale, (-lo / scale).clamp(0, 15).round() if zero_point else torch.full_like(scale, 8)
+    return scale, (-lo / scale).clamp(0, last).round() if zero_point else torch.full_like(scale, middle)
 
 
-def round_trip(groups: Tensor, zero_point: bool, dtype: torch.dtype, ends: Tensor | None = None) -> Tensor:
+def round_trip(
+    groups: Tensor, zero_point: bool, dtype: torch.dtype, ends: Tensor | None = None, w_bit: int = 4
+) -> Tensor:
     """dequantize(quantize(w)) in float32, w float32 [..., g], ends [..., 2], for scales in dtype's normal range."""
     lo, hi = (groups.amin(-1), groups.amax(-1)) if ends is None else ends.unbind(-1)
-    scale, zero = (t[..., None] for t in _parameters(lo, hi, zero_point, dtype))
-    return (((groups / scale).round() + zero).clamp(0, 15) - zero) * scale
+    scale, zero = (t[..., None] for t in _parameters(lo, hi, zero_point, dtype, w_bit))
+    return (((groups / scale).round() + zero).clamp(0, 2**w_bit - 1) - zero) * scale
 
 
 # --- searches -------------------------------------------------------------------------------------------------------
@@ -200,41 +212,55 @@ def scale_candidates(w: Tensor, x_mean: Tensor, group: int, grid: int, duo: bool
 
 
 def scale_loss(
-    w: Tensor, scale: Tensor, gram: Tensor, group: int, zero_point: bool, dtype: torch.dtype, row_weight: Tensor | None
+    w: Tensor,
+    scale: Tensor,
+    gram: Tensor,
+    group: int,
+    zero_point: bool,
+    dtype: torch.dtype,
+    row_weight: Tensor | None,
+    w_bit: int = 4,
 ) -> float:
     """sum over rows of row_weight d gram d^T, d = dequantize(quantize(w * scale)) / scale - w."""
     n, k = w.shape
-    rounded = round_trip((w * scale).reshape(n, -1, group), zero_point, dtype).reshape(n, k)
+    rounded = round_trip((w * scale).reshape(n, -1, group), zero_point, dtype, w_bit=w_bit).reshape(n, k)
     d = rounded.double() / scale.double() - w.double()
     loss = ((d @ gram.double()) * d).sum(1)
     return float(loss.sum() if row_weight is None else (row_weight.double() * loss).sum())
 
 
 def group_losses(
-    w: Tensor, gram: Tensor, group: int, zero_point: bool, dtype: torch.dtype, ends: Tensor | None
+    w: Tensor, gram: Tensor, group: int, zero_point: bool, dtype: torch.dtype, ends: Tensor | None, w_bit: int = 4
 ) -> Tensor:
     """d gram_gg d^T of every group, float64 [n, G]."""
     n, k = w.shape
     groups = w.reshape(n, -1, group)
-    d = (round_trip(groups, zero_point, dtype, ends) - groups).double()
+    d = (round_trip(groups, zero_point, dtype, ends, w_bit) - groups).double()
     blocks = torch.stack([gram[i : i + group, i : i + group] for i in range(0, k, group)]).double()
     return torch.einsum("ngi,gij,ngj->ng", d, blocks, d)
 
 
 def clip_losses(
-    w: Tensor, gram: Tensor, group: int, grid: int, max_shrink: float, zero_point: bool, dtype: torch.dtype
+    w: Tensor,
+    gram: Tensor,
+    group: int,
+    grid: int,
+    max_shrink: float,
+    zero_point: bool,
+    dtype: torch.dtype,
+    w_bit: int = 4,
 ) -> Tensor:
     """The loss that the documented search ends with for every group: both ends together, then each end alone."""
     n, _ = w.shape
     groups = w.reshape(n, -1, group)
     best = torch.stack([groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)], -1)
-    loss = group_losses(w, gram, group, zero_point, dtype, best)
+    loss = group_losses(w, gram, group, zero_point, dtype, best, w_bit)
     for ends in ((1, 1), (1, 0), (0, 1)) if zero_point else ((1, 1),):
         start = best.double()
         for t in range(1, grid + 1):
             factor = 1 - t * max_shrink / grid * torch.tensor(ends, dtype=torch.float64)
             candidate = (start * factor).float()
-            new = group_losses(w, gram, group, zero_point, dtype, candidate)
+            new = group_losses(w, gram, group, zero_point, dtype, candidate, w_bit)
             better = new < loss
             best, loss = torch.where(better[..., None], candidate, best), torch.where(better, new, loss)
     return loss

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import reference as ref
@@ -38,6 +40,7 @@ def reference(
     act_order: bool,
     passes: int,
     refit: bool,
+    last: int = 15,
 ) -> tuple[Matrix, Matrix]:
     """Codes and scales by the textbook: GPTQ with Cholesky of the inverse, descent with the whole gradient."""
     weight, h = w.double().numpy(), gram.double().numpy()
@@ -51,7 +54,7 @@ def reference(
     left = weight[:, order].copy()
     for t in range(k):
         g = order[t] // group
-        code[:, order[t]] = np.clip(np.rint(left[:, t] / scale[:, g]) + zero[:, g], 0, 15)
+        code[:, order[t]] = np.clip(np.rint(left[:, t] / scale[:, g]) + zero[:, g], 0, last)
         error = (left[:, t] - (code[:, order[t]] - zero[:, g]) * scale[:, g]) / upper[t, t]
         left[:, t:] -= error[:, None] * upper[t, t:]
     whole = code - zero.repeat(group, 1)
@@ -60,7 +63,7 @@ def reference(
             for i in range(g * group, (g + 1) * group):
                 d = whole * scale.repeat(group, 1) - weight
                 best = weight[:, i] + d[:, i] - d @ h[:, i] / h[i, i]
-                whole[:, i] = np.clip(np.rint(best / scale[:, g]) + zero[:, g], 0, 15) - zero[:, g]
+                whole[:, i] = np.clip(np.rint(best / scale[:, g]) + zero[:, g], 0, last) - zero[:, g]
             if refit:
                 part = np.where(np.arange(k) // group == g, whole, 0.0)
                 d = whole * scale.repeat(group, 1) - weight
@@ -81,16 +84,19 @@ def reference(
         (56, 64, -1, {"passes": 2, "refit_scales": False}),
         (8, 80, 16, {"zero_point": False}),
         (8, 33, 11, {"passes": 1, "act_order": False}),
+        (24, 64, 32, {"w_bit": 3}),
+        (24, 64, 16, {"w_bit": 2, "zero_point": False}),
     ],
 )
 def test_equals_the_textbook(n: int, k: int, group: int, options: dict[str, object]) -> None:
     w, gram = data(n, k)
     settings = {"damping": 0.01, "act_order": True, "passes": 4, "refit_scales": True} | options
-    zero_point = bool(settings.pop("zero_point", True))
-    start = ops.quantize(w, group_size=group, zero_point=zero_point)
-    got = ops.quantize_compensated(w, gram, group_size=group, zero_point=zero_point, **settings)  # type: ignore[arg-type]
+    rounding: dict[str, Any] = {"zero_point": settings.pop("zero_point", True), "w_bit": settings.pop("w_bit", 4)}
+    start = ops.quantize(w, group_size=group, **rounding)
+    got = ops.quantize_compensated(w, gram, group_size=group, **rounding, **settings)  # type: ignore[arg-type]
+    last = 2 ** rounding["w_bit"] - 1
     codes, scales = reference(
-        w, gram, start, *(settings[k] for k in ("damping", "act_order", "passes", "refit_scales"))
+        w, gram, start, *(settings[k] for k in ("damping", "act_order", "passes", "refit_scales")), last
     )  # type: ignore[arg-type]
     same = (got[0].numpy() == codes).all(1)
     # A code on the edge between two in one precision may fall on the other side in the other, and then all after it.

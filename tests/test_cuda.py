@@ -85,7 +85,7 @@ def packed(n: int, k: int, group: int, dtype: torch.dtype = torch.float16) -> tu
     "name",
     [
         *("linear", "dequantize", "quantize", "pack", "unpack", "repack"),
-        *("search_scale", "search_clip", "quantize_compensated"),
+        *("search_scale", "scale_losses", "search_clip", "quantize_compensated"),
     ],
 )
 def test_every_operator_has_a_kernel(name: str) -> None:
@@ -96,6 +96,8 @@ def test_searches_say_that_they_run_on_a_cpu() -> None:
     w, gram = torch.ones(8, 32, device=DEVICE), torch.eye(32, device=DEVICE)
     with pytest.raises(RuntimeError, match=r"awq_ext::search_scale: the search runs on a CPU.*\.cpu\(\)"):
         ops.search_scale(w, torch.ones(32, device=DEVICE), gram, group_size=32)
+    with pytest.raises(RuntimeError, match=r"awq_ext::scale_losses: the search runs on a CPU.*\.cpu\(\)"):
+        ops.scale_losses(w, torch.ones(1, 32, device=DEVICE), gram, group_size=32)
     with pytest.raises(RuntimeError, match=r"awq_ext::search_clip: the search runs on a CPU.*\.cpu\(\)"):
         ops.search_clip(w, gram, group_size=32)
     with pytest.raises(RuntimeError, match=r"awq_ext::quantize_compensated: the search runs on a CPU.*\.cpu\(\)"):
@@ -157,8 +159,8 @@ def test_pack_drops_the_upper_bits() -> None:
 
 @pytest.mark.parametrize("w_dtype", FLOATS)
 @pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("zero_point", [True, False])
-def test_quantize(w_dtype: torch.dtype, dtype: torch.dtype, zero_point: bool) -> None:
+@pytest.mark.parametrize(("zero_point", "w_bit"), [(True, 4), (False, 4), (True, 3), (False, 8)])
+def test_quantize(w_dtype: torch.dtype, dtype: torch.dtype, zero_point: bool, w_bit: int) -> None:
     for n, k, group in [(64, 256, 128), (8, 96, 32), (5, 33, 11), (3, 70, -1), (7, 8, 1), (2, 4096, -1), (0, 32, 32)]:
         w = floats(n, k, dtype=w_dtype)
         w[:, ::7] *= 1e-3
@@ -168,7 +170,7 @@ def test_quantize(w_dtype: torch.dtype, dtype: torch.dtype, zero_point: bool) ->
         groups = 1 if group == -1 else k // group
         spans = torch.stack([-floats(n, groups, seed=1).abs(), floats(n, groups, seed=2)], -1)
         for given in (None, spans):
-            options = {"group_size": group, "zero_point": zero_point, "range": given, "dtype": dtype}
+            options = {"group_size": group, "w_bit": w_bit, "zero_point": zero_point, "range": given, "dtype": dtype}
             for expected, got in zip(ops.quantize(w, **options), on_device(ops.quantize, w, **options), strict=True):
                 assert_same(expected, got)
 

@@ -102,9 +102,10 @@ AWQ_INLINE void clear(Lanes* sum, std::int64_t count) {
 
 /// round_code of quantize.h for a vector, less the zero. Takes and gives references: passing a vector by value would
 /// depend on the instruction set.
-AWQ_INLINE void round_lanes(const Lanes& target, const Lanes& scale, const Lanes& zero, Lanes& code) {
+AWQ_INLINE void round_lanes(const Lanes& target, const Lanes& scale, const Lanes& zero, float last_code, Lanes& code) {
   Lanes x = target / scale;
-  const Lanes lo = Lanes{} - 32.0f, hi = Lanes{} + 32.0f, round = Lanes{} + 12582912.0f, last = Lanes{} + kMaxCode;
+  const Lanes lo = Lanes{} - kBeyondCodes, hi = Lanes{} + kBeyondCodes, round = Lanes{} + 12582912.0f,
+              last = Lanes{} + last_code;
   x = x < lo ? lo : x;
   x = x > hi ? hi : x;
   x = (x + round) - round + zero;
@@ -135,7 +136,7 @@ AWQ_INLINE void row_losses(const CompensateArgs& a, const Tile& tile, Doubles& l
 AWQ_INLINE void round_to_nearest(const CompensateArgs& a, Tile& tile) {
   for (std::int64_t i = 0; i < a.k; ++i) {
     const std::int64_t g = i / a.group;
-    round_lanes(tile.w[i], tile.scale[g], tile.zero[g], tile.code[i]);
+    round_lanes(tile.w[i], tile.scale[g], tile.zero[g], a.to.last, tile.code[i]);
     tile.d[i] = tile.code[i] * tile.scale[g] - tile.w[i];
   }
 }
@@ -148,7 +149,7 @@ AWQ_INLINE void compensate_block(const CompensateArgs& a, Tile& tile, std::int64
   for (std::int64_t t = end - 1; t >= begin; --t) {
     const std::int64_t i = a.order[t], g = i / a.group;
     const Lanes target = tile.w[i] - tile.sum[t - begin];
-    round_lanes(target, tile.scale[g], tile.zero[g], tile.code[i]);
+    round_lanes(target, tile.scale[g], tile.zero[g], a.to.last, tile.code[i]);
     const Lanes d = tile.code[i] * tile.scale[g] - tile.w[i];
     tile.d[i] = tile.ranked[t] = d;
     for (std::int64_t r = 0; r < t - begin; ++r) tile.sum[r] += factor[r * a.k + t] * d;
@@ -167,7 +168,7 @@ AWQ_INLINE void descend_group(const CompensateArgs& a, Tile& tile, std::int64_t 
     if (!(curvature > 0.0f)) continue;
     Lanes& d = tile.d[begin + t];
     const Lanes target = tile.w[begin + t] + d - tile.sum[t] / curvature;
-    round_lanes(target, scale, tile.zero[g], tile.code[begin + t]);
+    round_lanes(target, scale, tile.zero[g], a.to.last, tile.code[begin + t]);
     const Lanes moved = tile.code[begin + t] * scale - tile.w[begin + t] - d;
     if (!any_nonzero(moved)) continue;
     d += moved;
@@ -183,7 +184,7 @@ AWQ_INLINE void descend_group(const CompensateArgs& a, Tile& tile, std::int64_t 
   for (std::int64_t r = 0; r < kLanes; ++r) {
     const float best = scale[r] - slope[r] / curvature[r];
     if (!(best > 0.0f && best < 1e30f)) continue;
-    const float stored = round_scale(best, a.scale_type), step = stored - scale[r];
+    const float stored = round_scale(best, a.to.scale_type), step = stored - scale[r];
     if (stored > 0.0f && std::isfinite(stored) && step * (2.0f * slope[r] + step * curvature[r]) < 0.0f)
       scale[r] = stored;
   }
@@ -211,7 +212,7 @@ AWQ_INLINE std::int64_t read_tile(const CompensateArgs& a, Tile& tile, std::int6
         for (std::int64_t i = g * a.group; i < (g + 1) * a.group; ++i)
           lo = source[i] < lo ? source[i] : lo, hi = source[i] > hi ? source[i] : hi;
       }
-      const GroupParameters p = group_parameters(lo, hi, a.zero_point, a.scale_type);
+      const GroupParameters p = group_parameters(lo, hi, a.to);
       if (!std::isfinite(p.scale)) return row + r;
       tile.scale[g][r] = p.scale, tile.zero[g][r] = p.zero;
     }
@@ -227,8 +228,8 @@ AWQ_INLINE void write_tile(const CompensateArgs& a, Tile& tile, std::int64_t row
   for (std::int64_t r = 0; r < std::min(kLanes, end - row); ++r) {
     const bool better = loss[r] < tile.nearest[r];
     for (std::int64_t g = 0; g < groups; ++g) {
-      const GroupParameters p{better ? tile.scale[g][r] : tile.first[g][r], tile.zero[g][r]};
-      store_as(a.scales, a.scale_type, (row + r) * groups + g, p.scale);
+      const GroupParameters p{better ? tile.scale[g][r] : tile.first[g][r], tile.zero[g][r], a.to.last};
+      store_as(a.scales, a.to.scale_type, (row + r) * groups + g, p.scale);
       a.zeros[(row + r) * groups + g] = static_cast<std::uint8_t>(p.zero);
       for (std::int64_t i = g * a.group; i < (g + 1) * a.group; ++i)
         a.q[(row + r) * a.k + i] =

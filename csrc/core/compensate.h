@@ -12,6 +12,7 @@
 #include <cstdint>
 
 #include "kernels.h"
+#include "quantize.h"
 #include "types.h"
 
 namespace awq::core {
@@ -23,11 +24,11 @@ struct CompensateArgs {
   const float* factor;        // [k, k] of compensation_factor
   const std::int64_t* order;  // [k] of compensation_order
   std::uint8_t* q;            // [n, k]
-  void* scales;               // [n, groups] of scale_type
+  void* scales;               // [n, groups] of to.scale_type
   std::uint8_t* zeros;        // [n, groups]
   std::int64_t n, k, group, passes;
-  DType scale_type;
-  bool zero_point, refit_scales;
+  Rounding to;
+  bool refit_scales;
 };
 
 /// The columns in the order of the factor, whose last is rounded first: by rising diagonal of the gram (the loudest

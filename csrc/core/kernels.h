@@ -6,6 +6,7 @@
 
 #include "layout.h"
 #include "linear.h"
+#include "quantize.h"
 #include "types.h"
 
 namespace awq::core {
@@ -34,7 +35,7 @@ struct Kernels {
   /// d = dequantize(quantize(w * scale)) / scale - w for one row of k weights; inv_scale = 1 / scale.
   /// Returns false if a group's scale is not finite.
   bool (*quantization_error)(const float* w, const float* scale, const float* inv_scale, float* d, std::int64_t k,
-                             std::int64_t group, bool zero_point, DType scale_type) noexcept;
+                             std::int64_t group, Rounding to) noexcept;
 
   /// loss[r] = d_r G d_r^T for `rows` rows of d, [rows, padded(k)] with zeros beyond k, from the packed triangle.
   void (*gram_loss)(const float* d, std::int64_t rows, const float* triangle, std::int64_t k, double* loss) noexcept;

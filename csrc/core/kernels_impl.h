@@ -211,7 +211,7 @@ void prepare_row(const LinearArgs& a, std::int64_t row, float* x, float* x_sum) 
 // --- search ---------------------------------------------------------------------------------------------------------
 
 bool quantization_error(const float* w, const float* scale, const float* inv_scale, float* d, std::int64_t k,
-                        std::int64_t group, bool zero_point, DType scale_type) noexcept {
+                        std::int64_t group, Rounding to) noexcept {
   for (std::int64_t g = 0; g < k; g += group) {
     float lo = 0.0f, hi = 0.0f, poison = 0.0f;
     for (std::int64_t i = g; i < g + group; ++i) {
@@ -221,7 +221,7 @@ bool quantization_error(const float* w, const float* scale, const float* inv_sca
       hi = v > hi ? v : hi;
       poison += v * 0.0f;
     }
-    const GroupParameters p = group_parameters(lo + poison, hi + poison, zero_point, scale_type);
+    const GroupParameters p = group_parameters(lo + poison, hi + poison, to);
     if (!(p.scale - p.scale == 0.0f)) return false;
     for (std::int64_t i = g; i < g + group; ++i) d[i] = dequantize_code(round_code(d[i], p), p) * inv_scale[i] - w[i];
   }

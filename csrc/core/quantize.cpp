@@ -51,10 +51,9 @@ std::int64_t quantize_rows(const QuantizeArgs& a, std::int64_t begin, std::int64
         const float* given = a.range + (row * groups + g) * 2;
         range.lo = given[0], range.hi = given[1];
       }
-      const GroupParameters p =
-          group_parameters(range.lo + range.poison, range.hi + range.poison, a.zero_point, a.scale_type);
+      const GroupParameters p = group_parameters(range.lo + range.poison, range.hi + range.poison, a.to);
       if (!std::isfinite(p.scale)) return row;
-      store_as(a.scales, a.scale_type, row * groups + g, p.scale);
+      store_as(a.scales, a.to.scale_type, row * groups + g, p.scale);
       a.zeros[row * groups + g] = static_cast<std::uint8_t>(p.zero);
       std::uint8_t* q = a.q + row * a.k + g * a.group;
       for_chunks(a.w, a.w_type, offset, a.group, [&](std::int64_t i, std::int64_t count, const float* w) {

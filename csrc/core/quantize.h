@@ -1,4 +1,4 @@
-// Group-wise 4-bit rounding: W ~ (q - z) * s. Scalar rules here, shared with device code; rows in quantize.cpp.
+// Group-wise rounding to 2..8 bits: W ~ (q - z) * s. Scalar rules here, shared with device code; rows in quantize.cpp.
 //
 // Formulas: AutoAWQ awq/quantize/quantizer.py pseudo_quantize_tensor, with a range that always includes zero and a
 // scale that is rounded to its storage type before any code is chosen, so that a reader of the file gets exactly the
@@ -11,12 +11,26 @@
 
 namespace awq::core {
 
-inline constexpr int kMaxCode = 15;
-inline constexpr int kSymmetricZero = 8;
+inline constexpr int kSymmetricZero = 8;  // of 4 bits, the only ones that are packed
+
+/// What weights are rounded to. Whole numbers are floats here, so that one loop can be vectorised for any of them.
+struct Rounding {
+  bool zero_point;
+  DType scale_type;
+  float last = 15.0f;  // the largest code, 2^bits - 1
+
+  /// The zero of symmetric codes, 2^(bits - 1): as many codes below it as from it on.
+  AWQ_HOST_DEVICE constexpr float middle() const { return (last + 1.0f) * 0.5f; }
+};
+
+AWQ_HOST_DEVICE constexpr float last_code(std::int64_t bits) {
+  return static_cast<float>((std::int64_t{1} << bits) - 1);
+}
 
 struct GroupParameters {
   float scale;
-  float zero;  // a whole number, 0..15
+  float zero;  // a whole number, 0..last
+  float last;  // the largest code
 };
 
 /// Nearest whole number, ties to even, for |x| < 2^22: 1.5 * 2^23 has a last bit worth one, so the addition rounds.
@@ -43,24 +57,27 @@ AWQ_HOST_DEVICE inline float round_scale(float scale, DType type) {
 /// Scale and zero for a group whose values span [lo, hi]. The range is widened to include zero; an empty range, or one
 /// so small that its scale underflows, gives scale 1; a range that is not finite gives scale NaN, one that the storage
 /// type cannot hold gives infinity.
-AWQ_HOST_DEVICE inline GroupParameters group_parameters(float lo, float hi, bool zero_point, DType scale_type) {
-  if (!(lo - lo == 0.0f) || !(hi - hi == 0.0f)) return {lo - lo + (hi - hi), zero_point ? 0.0f : kSymmetricZero * 1.0f};
+AWQ_HOST_DEVICE inline GroupParameters group_parameters(float lo, float hi, Rounding to) {
+  if (!(lo - lo == 0.0f) || !(hi - hi == 0.0f))
+    return {lo - lo + (hi - hi), to.zero_point ? 0.0f : to.middle(), to.last};
   lo = lo < 0.0f ? lo : 0.0f;
   hi = hi > 0.0f ? hi : 0.0f;
-  if (!zero_point) {
+  if (!to.zero_point) {
     const float bound = -lo > hi ? -lo : hi;
-    const float scale = round_scale(bound / 7.0f, scale_type);
-    return {scale == 0.0f ? 1.0f : scale, static_cast<float>(kSymmetricZero)};
+    const float scale = round_scale(bound / (to.middle() - 1.0f), to.scale_type);
+    return {scale == 0.0f ? 1.0f : scale, to.middle(), to.last};
   }
-  // Divided before the subtraction: hi - lo may overflow where hi / 15 - lo / 15 does not.
-  const float scale = round_scale(hi / 15.0f - lo / 15.0f, scale_type);
-  if (scale == 0.0f) return {1.0f, 0.0f};
-  return {scale, round_even(clamp(-lo / scale, 0.0f, static_cast<float>(kMaxCode)))};
+  // Divided before the subtraction: hi - lo may overflow where the difference of the quotients does not.
+  const float scale = round_scale(hi / to.last - lo / to.last, to.scale_type);
+  if (scale == 0.0f) return {1.0f, 0.0f, to.last};
+  return {scale, round_even(clamp(-lo / scale, 0.0f, to.last)), to.last};
 }
 
-/// The code of w, as a whole number 0..15. (The first clamp keeps round_even in its domain.)
+inline constexpr float kBeyondCodes = 512.0f;  // steps from any zero to where every code saturates
+
+/// The code of w, as a whole number 0..last. (The first clamp keeps round_even in its domain.)
 AWQ_HOST_DEVICE inline float round_code(float w, GroupParameters p) {
-  return clamp(round_even(clamp(w / p.scale, -32.0f, 32.0f)) + p.zero, 0.0f, static_cast<float>(kMaxCode));
+  return clamp(round_even(clamp(w / p.scale, -kBeyondCodes, kBeyondCodes)) + p.zero, 0.0f, p.last);
 }
 
 AWQ_HOST_DEVICE inline float dequantize_code(float code, GroupParameters p) { return (code - p.zero) * p.scale; }
@@ -69,11 +86,11 @@ struct QuantizeArgs {
   const void* w;        // [n, k], rows `w_stride` elements apart
   const float* range;   // [n, groups, 2] or nullptr
   std::uint8_t* q;      // [n, k]
-  void* scales;         // [n, groups] of scale_type
+  void* scales;         // [n, groups] of to.scale_type
   std::uint8_t* zeros;  // [n, groups]
   std::int64_t n, k, group, w_stride;
-  DType w_type, scale_type;
-  bool zero_point;
+  DType w_type;
+  Rounding to;
 };
 
 /// Quantizes rows [begin, end). Returns -1, or the first row with a scale that is not finite (its weights or range

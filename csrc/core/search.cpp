@@ -88,8 +88,7 @@ void scale_losses(const SearchArgs& a, const float* triangle, const float* candi
   bool finite = true;
   for (std::int64_t row = begin; row < end; ++row) {
     float* d = scratch + (row - begin) * ld;
-    finite &= a.kernels->quantization_error(a.w + row * a.k, candidate, inv_candidate, d, a.k, a.group, a.zero_point,
-                                            a.scale_type);
+    finite &= a.kernels->quantization_error(a.w + row * a.k, candidate, inv_candidate, d, a.k, a.group, a.to);
     std::fill(d + a.k, d + ld, 0.0f);
   }
   if (finite)
@@ -119,8 +118,7 @@ struct ClipGroup {
     auto* loss = reinterpret_cast<double*>(scratch);
     float* errors = scratch + 2 * candidates;
     for (std::int64_t t = 0; t < candidates; ++t) {
-      const GroupParameters p =
-          group_parameters(shrunk(lo, t * lo_step), shrunk(hi, t * hi_step), args.zero_point, args.scale_type);
+      const GroupParameters p = group_parameters(shrunk(lo, t * lo_step), shrunk(hi, t * hi_step), args.to);
       float* d = errors + t * ld;
       for (std::int64_t i = 0; i < g; ++i) d[i] = dequantize_code(round_code(w[i], p), p) - w[i];
       std::fill(d + g, d + ld, 0.0f);
@@ -151,7 +149,7 @@ void clip_rows(const SearchArgs& a, const float* triangles, std::int64_t grid, d
       double loss = std::numeric_limits<double>::infinity();
       ClipGroup group{a, w, triangles + g * triangle_size(a.group, a.kernels->panel), grid + 1, scratch};
       group.best(lo, hi, step, step, lo, hi, loss);
-      if (a.zero_point) {
+      if (a.to.zero_point) {
         group.best(lo, hi, step, 0.0, lo, hi, loss);
         group.best(lo, hi, 0.0, step, lo, hi, loss);
       }

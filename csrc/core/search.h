@@ -10,8 +10,7 @@ namespace awq::core {
 struct SearchArgs {
   const float* w;  // [n, k]
   std::int64_t n, k, group;
-  bool zero_point;
-  DType scale_type;
+  Rounding to;
   const Kernels* kernels;
 };
 

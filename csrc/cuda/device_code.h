@@ -171,10 +171,9 @@ AWQ_HOST_DEVICE inline core::GroupParameters parameters(const core::QuantizeArgs
                                                         const GroupRange& range) {
   const float lo = a.range == nullptr ? range.lo : a.range[2 * group];
   const float hi = a.range == nullptr ? range.hi : a.range[2 * group + 1];
-  const core::GroupParameters p =
-      core::group_parameters(lo + range.poison, hi + range.poison, a.zero_point, a.scale_type);
+  const core::GroupParameters p = core::group_parameters(lo + range.poison, hi + range.poison, a.to);
   if (p.scale - p.scale == 0.0f) return p;
-  return {std::numeric_limits<float>::quiet_NaN(), a.zero_point ? 0.0f : static_cast<float>(core::kSymmetricZero)};
+  return {std::numeric_limits<float>::quiet_NaN(), a.to.zero_point ? 0.0f : a.to.middle(), a.to.last};
 }
 
 template <DType kType>
@@ -188,7 +187,7 @@ AWQ_HOST_DEVICE inline void write_group(const core::QuantizeArgs& a, std::int64_
     a.q[row * a.k + col + i] = static_cast<std::uint8_t>(finite ? core::round_code(w, p) : p.zero);
   }
   if (lane != 0) return;
-  core::store_as(a.scales, a.scale_type, group, p.scale);
+  core::store_as(a.scales, a.to.scale_type, group, p.scale);
   a.zeros[group] = static_cast<std::uint8_t>(p.zero);
 }
 

@@ -108,6 +108,11 @@ const core::Codes& codes_of(const char* op, const std::string& name) {
   return *codes;
 }
 
+core::Rounding check_rounding(const char* op, std::int64_t w_bit, bool zero_point, std::optional<ScalarType> dtype) {
+  STD_TORCH_CHECK(w_bit >= 2 && w_bit <= 8, "awq_ext::", op, ": w_bit must be 2..8, got ", w_bit);
+  return {zero_point, scale_type(op, dtype), core::last_code(w_bit)};
+}
+
 ScalarType word_type(const core::Codes& codes) { return codes.word_bits == 16 ? ScalarType::Short : ScalarType::Int; }
 
 std::int64_t group_of(const char* op, std::int64_t group_size, std::int64_t k) {

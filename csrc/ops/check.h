@@ -1,6 +1,7 @@
 // Argument checks, the same for every device. Each message names op and tensor, what was expected, what was got.
 #pragma once
 #include "../core/layout.h"
+#include "../core/quantize.h"
 #include "../core/types.h"
 #include "stable.h"
 
@@ -18,6 +19,9 @@ core::DType float_type(const char* op, const char* name, const Tensor& t, bool a
 /// The storage dtype of scales: `dtype` or float16.
 core::DType scale_type(const char* op, std::optional<ScalarType> dtype);
 ScalarType to_scalar_type(core::DType t);
+
+/// What weights are rounded to; refuses w_bit other than 2..8 and scales of a dtype that is none.
+core::Rounding check_rounding(const char* op, std::int64_t w_bit, bool zero_point, std::optional<ScalarType> dtype);
 
 /// The codes of that name, see core::find_codes.
 const core::Codes& codes_of(const char* op, const std::string& name);

@@ -111,13 +111,13 @@ void lower(std::atomic<std::int64_t>& bad, std::int64_t row) noexcept {
   }
 }
 
-std::tuple<Tensor, Tensor, Tensor> quantize(const Tensor& w, std::int64_t group_size, bool zero_point,
-                                            OptionalTensor range, std::optional<ScalarType> dtype) {
+std::tuple<Tensor, Tensor, Tensor> quantize(const Tensor& w, std::int64_t group_size, std::int64_t w_bit,
+                                            bool zero_point, OptionalTensor range, std::optional<ScalarType> dtype) {
   const auto [n, k, group, groups] = check_float_weight("quantize", w, group_size);
   check_range("quantize", range, w, {n, k, group, groups});
-  const core::DType type = scale_type("quantize", dtype);
+  const core::Rounding to = check_rounding("quantize", w_bit, zero_point, dtype);
   Tensor q = new_empty(w, {n, k}, ScalarType::Byte);
-  Tensor scales = new_empty(w, {n, groups}, to_scalar_type(type));
+  Tensor scales = new_empty(w, {n, groups}, to_scalar_type(to.scale_type));
   Tensor zeros = new_empty(w, {n, groups}, ScalarType::Byte);
   std::int64_t stride = 0;
   const Tensor rows = as_rows(w, stride);
@@ -132,8 +132,7 @@ std::tuple<Tensor, Tensor, Tensor> quantize(const Tensor& w, std::int64_t group_
                                 group,
                                 stride,
                                 float_type("quantize", "w", w),
-                                type,
-                                zero_point};
+                                to};
   std::atomic<std::int64_t> bad{n};
   parallel_for(0, n, grain(k * 5), [&](std::int64_t begin, std::int64_t end) noexcept {
     lower(bad, core::quantize_rows(args, begin, end));
@@ -229,10 +228,76 @@ void for_items(const Tensor& like, std::int64_t count, std::int64_t scratch_size
   });
 }
 
+/// The weights of rows float32 [n], checked; none counts every row alike.
+OptionalTensor check_row_weight(const char* op, const OptionalTensor& row_weight, std::int64_t n) {
+  const OptionalTensor weights = contiguous_or_none(row_weight);
+  if (!weights) return weights;
+  STD_TORCH_CHECK(weights->dim() == 1 && weights->size(0) == n && weights->scalar_type() == ScalarType::Float,
+                  "awq_ext::", op, ": row_weight must be [out_features] = [", n, "] float32, got ", describe(*weights));
+  check_finite(op, "row_weight", *weights, 0.0f);
+  return weights;
+}
+
+/// The loss of each of the scales [count, k] that w is multiplied by before it is rounded: float64 [count].
+Tensor losses_of_scales(const core::SearchArgs& args, const Tensor& scales, const Tensor& gram,
+                        const OptionalTensor& row_weight) {
+  const std::int64_t count = scales.size(0), n = args.n, k = args.k, panel = args.kernels->panel;
+  const auto* scale = static_cast<const float*>(scales.const_data_ptr());
+  Tensor inverses = new_empty(scales, {count, k}, ScalarType::Float);
+  auto* inverse = static_cast<float*>(inverses.mutable_data_ptr());
+  for (std::int64_t i = 0; i < count * k; ++i) inverse[i] = 1.0f / scale[i];
+  const Tensor second_moment = contiguous(gram);
+  Tensor triangle = new_empty(gram, {core::triangle_size(k, panel)}, ScalarType::Float);
+  auto* packed = static_cast<float*>(triangle.mutable_data_ptr());
+  core::pack_triangle(static_cast<const float*>(second_moment.const_data_ptr()), k, k, panel, packed);
+
+  const std::int64_t blocks = (n + core::kSearchRows - 1) / core::kSearchRows;
+  Tensor row_losses = new_empty(gram, {count, n}, ScalarType::Double);
+  auto* row_loss = static_cast<double*>(row_losses.mutable_data_ptr());
+  for_items(gram, count * blocks, core::scale_scratch_size(args), [&](std::int64_t item, float* scratch) noexcept {
+    const std::int64_t c = item / blocks, begin = item % blocks * core::kSearchRows;
+    core::scale_losses(args, packed, scale + c * k, inverse + c * k, begin, std::min(begin + core::kSearchRows, n),
+                       scratch, row_loss + c * n + begin);
+  });
+  const auto* importance = row_weight ? static_cast<const float*>(row_weight->const_data_ptr()) : nullptr;
+  Tensor losses = new_empty(gram, {count}, ScalarType::Double);
+  auto* loss = static_cast<double*>(losses.mutable_data_ptr());
+  for (std::int64_t c = 0; c < count; ++c) {
+    loss[c] = 0.0;
+    for (std::int64_t row = 0; row < n; ++row) {
+      const double weight = importance == nullptr ? 1.0 : importance[row];
+      if (weight > 0) loss[c] += weight * row_loss[c * n + row];
+    }
+  }
+  return losses;
+}
+
+Tensor scale_losses(const Tensor& w, const Tensor& candidates, const Tensor& gram, std::int64_t group_size,
+                    std::int64_t w_bit, bool zero_point, OptionalTensor row_weight, std::optional<ScalarType> dtype) {
+  const auto [n, k, group, groups] = check_float_weight("scale_losses", w, group_size);
+  check_gram("scale_losses", gram, k);
+  check_given("scale_losses", "candidates", candidates);
+  STD_TORCH_CHECK(candidates.dim() == 2 && candidates.size(1) == k && candidates.scalar_type() == ScalarType::Float,
+                  "awq_ext::scale_losses: candidates must be [candidates, in_features] = [.., ", k, "] float32, got ",
+                  describe(candidates));
+  const Tensor weight = contiguous(torch::stable::to(w, ScalarType::Float)), scales = contiguous(candidates);
+  const auto* scale = static_cast<const float*>(scales.const_data_ptr());
+  for (std::int64_t i = 0; i < scales.numel(); ++i)
+    STD_TORCH_CHECK(scale[i] > 0 && scale[i] <= std::numeric_limits<float>::max(),
+                    "awq_ext::scale_losses: candidates must be finite and positive, got ", scale[i], " at element ", i);
+  const core::SearchArgs args{static_cast<const float*>(weight.const_data_ptr()),
+                              n,
+                              k,
+                              group,
+                              check_rounding("scale_losses", w_bit, zero_point, dtype),
+                              &core::best_kernels()};
+  return losses_of_scales(args, scales, gram, check_row_weight("scale_losses", row_weight, n));
+}
+
 std::tuple<Tensor, Tensor> search_scale(const Tensor& w, const Tensor& x_mean, const Tensor& gram,
-                                        std::int64_t group_size, std::int64_t grid, bool duo_scaling, bool zero_point,
-                                        OptionalTensor tie, OptionalTensor row_weight,
-                                        std::optional<ScalarType> dtype) {
+                                        std::int64_t group_size, std::int64_t w_bit, std::int64_t grid,
+                                        bool duo_scaling, bool zero_point, OptionalTensor tie,
+                                        OptionalTensor row_weight, std::optional<ScalarType> dtype) {
   const auto [n, k, group, groups] = check_float_weight("search_scale", w, group_size);
   check_gram("search_scale", gram, k);
   check_given("search_scale", "x_mean", x_mean);
@@ -249,69 +314,39 @@ std::tuple<Tensor, Tensor> search_scale(const Tensor& w, const Tensor& x_mean, c
       STD_TORCH_CHECK(tie_data[i] >= 0 && tie_data[i] < k, "awq_ext::search_scale: tie must hold numbers 0..", k - 1,
                       ", got ", tie_data[i]);
   }
-
-  const OptionalTensor weights = contiguous_or_none(row_weight);
-  if (weights)
-    STD_TORCH_CHECK(weights->dim() == 1 && weights->size(0) == n && weights->scalar_type() == ScalarType::Float,
-                    "awq_ext::search_scale: row_weight must be [out_features] = [", n, "] float32, got ",
-                    describe(*weights));
-  const auto* importance = weights ? static_cast<const float*>(weights->const_data_ptr()) : nullptr;
-
-  const core::Kernels& kernels = core::best_kernels();
-  const Tensor weight = contiguous(torch::stable::to(w, ScalarType::Float));
-  const Tensor second_moment = contiguous(gram), mean = contiguous(x_mean);
+  const OptionalTensor importance = check_row_weight("search_scale", row_weight, n);
+  const Tensor weight = contiguous(torch::stable::to(w, ScalarType::Float)), mean = contiguous(x_mean);
+  check_finite("search_scale", "x_mean", mean, 0.0f);
   const core::SearchArgs args{static_cast<const float*>(weight.const_data_ptr()),
                               n,
                               k,
                               group,
-                              zero_point,
-                              scale_type("search_scale", dtype),
-                              &kernels};
-  const auto* mean_data = static_cast<const float*>(mean.const_data_ptr());
-  check_finite("search_scale", "x_mean", mean, 0.0f);
-  if (weights) check_finite("search_scale", "row_weight", *weights, 0.0f);
+                              check_rounding("search_scale", w_bit, zero_point, dtype),
+                              &core::best_kernels()};
 
-  const std::int64_t count = core::candidate_count(grid, duo_scaling);
   Tensor w_mean = new_empty(w, {k}, ScalarType::Float);
   auto* w_mean_data = static_cast<float*>(w_mean.mutable_data_ptr());
   parallel_for(0, groups, 1, [&](std::int64_t begin, std::int64_t end) noexcept {
     core::weight_means(args, begin, end, w_mean_data);
   });
-  Tensor candidates = new_empty(w, {2, count, k}, ScalarType::Float);  // and their inverses
+  const std::int64_t count = core::candidate_count(grid, duo_scaling);
+  Tensor candidates = new_empty(w, {count, k}, ScalarType::Float), scale = new_empty(w, {k}, ScalarType::Float);
   auto* candidate = static_cast<float*>(candidates.mutable_data_ptr());
-  float* inverse = candidate + count * k;
-  core::scale_candidates(mean_data, w_mean_data, tie_data, k, grid, duo_scaling, candidate);
-  for (std::int64_t i = 0; i < count * k; ++i) inverse[i] = 1.0f / candidate[i];
-  Tensor triangle = new_empty(w, {core::triangle_size(k, kernels.panel)}, ScalarType::Float);
-  auto* packed = static_cast<float*>(triangle.mutable_data_ptr());
-  core::pack_triangle(static_cast<const float*>(second_moment.const_data_ptr()), k, k, kernels.panel, packed);
-
-  Tensor scale = new_empty(w, {k}, ScalarType::Float), losses = new_empty(w, {count}, ScalarType::Double);
-  const std::int64_t blocks = (n + core::kSearchRows - 1) / core::kSearchRows;
-  std::vector<double> row_loss(static_cast<std::size_t>(count * n));
-  for_items(w, count * blocks, core::scale_scratch_size(args), [&](std::int64_t item, float* scratch) noexcept {
-    const std::int64_t c = item / blocks, begin = item % blocks * core::kSearchRows;
-    core::scale_losses(args, packed, candidate + c * k, inverse + c * k, begin, std::min(begin + core::kSearchRows, n),
-                       scratch, row_loss.data() + c * n + begin);
-  });
-  auto* loss = static_cast<double*>(losses.mutable_data_ptr());
+  core::scale_candidates(static_cast<const float*>(mean.const_data_ptr()), w_mean_data, tie_data, k, grid, duo_scaling,
+                         candidate);
+  const Tensor losses = losses_of_scales(args, candidates, gram, importance);
+  const auto* loss = static_cast<const double*>(losses.const_data_ptr());
   std::int64_t best = 0;
-  for (std::int64_t c = 0; c < count; ++c) {
-    loss[c] = 0.0;
-    for (std::int64_t row = 0; row < n; ++row) {
-      const double weight_of_row = importance == nullptr ? 1.0 : importance[row];
-      if (weight_of_row > 0) loss[c] += weight_of_row * row_loss[static_cast<std::size_t>(c * n + row)];
-    }
+  for (std::int64_t c = 1; c < count; ++c)
     if (loss[c] < loss[best]) best = c;
-  }
   STD_TORCH_CHECK(loss[best] < std::numeric_limits<double>::infinity(),
                   "awq_ext::search_scale: no candidate has a finite loss; w, gram and row_weight must be finite");
   std::copy_n(candidate + best * k, k, static_cast<float*>(scale.mutable_data_ptr()));
   return {scale, losses};
 }
 
-Tensor search_clip(const Tensor& w, const Tensor& gram, std::int64_t group_size, std::int64_t grid, double max_shrink,
-                   bool zero_point, std::optional<ScalarType> dtype) {
+Tensor search_clip(const Tensor& w, const Tensor& gram, std::int64_t group_size, std::int64_t w_bit, std::int64_t grid,
+                   double max_shrink, bool zero_point, std::optional<ScalarType> dtype) {
   const auto [n, k, group, groups] = check_float_weight("search_clip", w, group_size);
   check_gram("search_clip", gram, k);
   STD_TORCH_CHECK(grid >= 1 && grid <= 1000, "awq_ext::search_clip: grid must be 1..1000, got ", grid);
@@ -321,13 +356,8 @@ Tensor search_clip(const Tensor& w, const Tensor& gram, std::int64_t group_size,
   const Tensor weight = contiguous(torch::stable::to(w, ScalarType::Float)), second_moment = contiguous(gram);
   check_finite("search_clip", "w", weight);
   check_finite("search_clip", "gram", second_moment);
-  const core::SearchArgs args{static_cast<const float*>(weight.const_data_ptr()),
-                              n,
-                              k,
-                              group,
-                              zero_point,
-                              scale_type("search_clip", dtype),
-                              &kernels};
+  const core::SearchArgs args{static_cast<const float*>(weight.const_data_ptr()),      n,       k, group,
+                              check_rounding("search_clip", w_bit, zero_point, dtype), &kernels};
   const std::int64_t size = core::triangle_size(group, kernels.panel);
   Tensor triangles = new_empty(w, {groups, size}, ScalarType::Float);
   auto* packed = static_cast<float*>(triangles.mutable_data_ptr());
@@ -345,9 +375,9 @@ Tensor search_clip(const Tensor& w, const Tensor& gram, std::int64_t group_size,
 }
 
 std::tuple<Tensor, Tensor, Tensor> quantize_compensated(const Tensor& w, const Tensor& gram, std::int64_t group_size,
-                                                        bool zero_point, OptionalTensor range, double damping,
-                                                        bool act_order, std::int64_t passes, bool refit_scales,
-                                                        std::optional<ScalarType> dtype) {
+                                                        std::int64_t w_bit, bool zero_point, OptionalTensor range,
+                                                        double damping, bool act_order, std::int64_t passes,
+                                                        bool refit_scales, std::optional<ScalarType> dtype) {
   const char* op = "quantize_compensated";
   const auto [n, k, group, groups] = check_float_weight(op, w, group_size);
   check_gram(op, gram, k);
@@ -355,7 +385,7 @@ std::tuple<Tensor, Tensor, Tensor> quantize_compensated(const Tensor& w, const T
   STD_TORCH_CHECK(damping > 0 && damping <= 1, "awq_ext::quantize_compensated: damping must be in (0, 1], got ",
                   damping);
   STD_TORCH_CHECK(passes >= 0 && passes <= 1000, "awq_ext::quantize_compensated: passes must be 0..1000, got ", passes);
-  const core::DType type = scale_type(op, dtype);
+  const core::Rounding to = check_rounding(op, w_bit, zero_point, dtype);
   const core::Kernels& level = core::best_kernels();
   const Tensor weight = contiguous(torch::stable::to(w, ScalarType::Float)), second_moment = contiguous(gram);
   const OptionalTensor ends = contiguous_or_none(range);
@@ -382,7 +412,7 @@ std::tuple<Tensor, Tensor, Tensor> quantize_compensated(const Tensor& w, const T
   }
 
   Tensor q = new_empty(w, {n, k}, ScalarType::Byte);
-  Tensor scales = new_empty(w, {n, groups}, to_scalar_type(type));
+  Tensor scales = new_empty(w, {n, groups}, to_scalar_type(to.scale_type));
   Tensor zeros = new_empty(w, {n, groups}, ScalarType::Byte);
   const core::CompensateArgs args{static_cast<const float*>(weight.const_data_ptr()),
                                   ends ? static_cast<const float*>(ends->const_data_ptr()) : nullptr,
@@ -396,8 +426,7 @@ std::tuple<Tensor, Tensor, Tensor> quantize_compensated(const Tensor& w, const T
                                   k,
                                   group,
                                   passes,
-                                  type,
-                                  zero_point,
+                                  to,
                                   refit_scales};
   std::atomic<std::int64_t> bad{n};
   const std::int64_t blocks = (n + core::kCompensateRows - 1) / core::kCompensateRows;
@@ -422,6 +451,7 @@ STABLE_TORCH_LIBRARY_IMPL(awq_ext, CPU, m) {
   m.impl("unpack", TORCH_BOX(&awq::ops::unpack));
   m.impl("repack", TORCH_BOX(&awq::ops::repack));
   m.impl("search_scale", TORCH_BOX(&awq::ops::search_scale));
+  m.impl("scale_losses", TORCH_BOX(&awq::ops::scale_losses));
   m.impl("search_clip", TORCH_BOX(&awq::ops::search_clip));
   m.impl("quantize_compensated", TORCH_BOX(&awq::ops::quantize_compensated));
 }

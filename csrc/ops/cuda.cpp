@@ -87,15 +87,15 @@ Tensor dequantize(const Tensor& qweight, const Tensor& scales, OptionalTensor qz
   return dequantized(qweight, scales, qzeros, shape, type, device.stream);
 }
 
-std::tuple<Tensor, Tensor, Tensor> quantize(const Tensor& w, std::int64_t group_size, bool zero_point,
-                                            OptionalTensor range, std::optional<ScalarType> dtype) {
+std::tuple<Tensor, Tensor, Tensor> quantize(const Tensor& w, std::int64_t group_size, std::int64_t w_bit,
+                                            bool zero_point, OptionalTensor range, std::optional<ScalarType> dtype) {
   const WeightShape shape = check_float_weight("quantize", w, group_size);
   check_range("quantize", range, w, shape);
   const auto [n, k, group, groups] = shape;
-  const core::DType type = scale_type("quantize", dtype);
+  const core::Rounding to = check_rounding("quantize", w_bit, zero_point, dtype);
   const OnDevice device(w);
   Tensor q = new_empty(w, {n, k}, ScalarType::Byte);
-  Tensor scales = new_empty(w, {n, groups}, to_scalar_type(type));
+  Tensor scales = new_empty(w, {n, groups}, to_scalar_type(to.scale_type));
   Tensor zeros = new_empty(w, {n, groups}, ScalarType::Byte);
   const Tensor weight = contiguous(w);
   const OptionalTensor ends = contiguous_or_none(range);
@@ -109,8 +109,7 @@ std::tuple<Tensor, Tensor, Tensor> quantize(const Tensor& w, std::int64_t group_
                                 group,
                                 k,
                                 float_type("quantize", "w", w),
-                                type,
-                                zero_point};
+                                to};
   STD_CUDA_CHECK(cuda::quantize(args, device.stream));
   return {q, scales, zeros};
 }
@@ -156,16 +155,23 @@ Tensor repack(const Tensor& qweight, std::string src, std::string dst) {
                   ") there with .cpu() first");
 }
 
-std::tuple<Tensor, Tensor> search_scale(const Tensor&, const Tensor&, const Tensor&, std::int64_t, std::int64_t, bool,
-                                        bool, OptionalTensor, OptionalTensor, std::optional<ScalarType>) {
+std::tuple<Tensor, Tensor> search_scale(const Tensor&, const Tensor&, const Tensor&, std::int64_t, std::int64_t,
+                                        std::int64_t, bool, bool, OptionalTensor, OptionalTensor,
+                                        std::optional<ScalarType>) {
   refuse_search("search_scale", "w, x_mean, gram, tie, row_weight");
 }
 
-Tensor search_clip(const Tensor&, const Tensor&, std::int64_t, std::int64_t, double, bool, std::optional<ScalarType>) {
+Tensor scale_losses(const Tensor&, const Tensor&, const Tensor&, std::int64_t, std::int64_t, bool, OptionalTensor,
+                    std::optional<ScalarType>) {
+  refuse_search("scale_losses", "w, candidates, gram, row_weight");
+}
+
+Tensor search_clip(const Tensor&, const Tensor&, std::int64_t, std::int64_t, std::int64_t, double, bool,
+                   std::optional<ScalarType>) {
   refuse_search("search_clip", "w, gram");
 }
 
-std::tuple<Tensor, Tensor, Tensor> quantize_compensated(const Tensor&, const Tensor&, std::int64_t, bool,
+std::tuple<Tensor, Tensor, Tensor> quantize_compensated(const Tensor&, const Tensor&, std::int64_t, std::int64_t, bool,
                                                         OptionalTensor, double, bool, std::int64_t, bool,
                                                         std::optional<ScalarType>) {
   refuse_search("quantize_compensated", "w, gram, range");
@@ -182,6 +188,7 @@ STABLE_TORCH_LIBRARY_IMPL(awq_ext, CUDA, m) {
   m.impl("unpack", TORCH_BOX(&awq::ops::unpack));
   m.impl("repack", TORCH_BOX(&awq::ops::repack));
   m.impl("search_scale", TORCH_BOX(&awq::ops::search_scale));
+  m.impl("scale_losses", TORCH_BOX(&awq::ops::scale_losses));
   m.impl("search_clip", TORCH_BOX(&awq::ops::search_clip));
   m.impl("quantize_compensated", TORCH_BOX(&awq::ops::quantize_compensated));
 }

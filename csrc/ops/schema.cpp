@@ -1,5 +1,6 @@
 // Every operator of the library, one paragraph each. n = out_features, k = in_features, g = group_size (-1 means k),
-// G = k / g. A weight is W[n, k] = (q[n, k] - z[n, k/g]) * s[n, k/g] with codes q and zeros z in 0..15.
+// G = k / g. A weight is W[n, k] = (q[n, k] - z[n, k/g]) * s[n, k/g] with codes q and zeros z in 0..15; where there is
+// a w_bit of 2..8, in 0 .. 2^w_bit - 1, and only those of 4 bits can be packed.
 #include "stable.h"
 
 STABLE_TORCH_LIBRARY(awq_ext, m) {
@@ -17,10 +18,11 @@ STABLE_TORCH_LIBRARY(awq_ext, m) {
 
   // Rounds w float [n, k] to nearest, per group: q uint8 [n, k], scales `dtype` (None: float16) [n, G],
   // zeros uint8 [n, G]. range float32 [n, G, 2] = lowest and highest value of each group to represent
-  // (None: the group's own minimum and maximum); weights outside saturate. zero_point=False: z = 8, symmetric.
+  // (None: the group's own minimum and maximum); weights outside saturate. zero_point=False: symmetric, every z is
+  // 2^(w_bit - 1).
   m.def(
-      "quantize(Tensor w, *, int group_size, bool zero_point=True, Tensor? range=None, ScalarType? dtype=None) "
-      "-> (Tensor, Tensor, Tensor)");
+      "quantize(Tensor w, *, int group_size, int w_bit=4, bool zero_point=True, Tensor? range=None, "
+      "ScalarType? dtype=None) -> (Tensor, Tensor, Tensor)");
 
   // Codes q uint8 [n, k] -> the words of a layout of csrc/core/layout.h. The name of a layout means its weight (gemm:
   // int32 [k, n/8], gemv: int32 [n, k/8], gptq: int32 [k/8, n], gemv_fast: int16 [n/4, k] ...), "<layout>.zeros" its
@@ -42,15 +44,22 @@ STABLE_TORCH_LIBRARY(awq_ext, m) {
   //   row_weight float32 [n]: how much each row's error counts (None: all the same)
   //   -> scale float32 [k], losses float64 [candidates] (losses[0] is the identity's, i.e. round-to-nearest)
   m.def(
-      "search_scale(Tensor w, Tensor x_mean, Tensor gram, *, int group_size, int grid=20, bool duo_scaling=True, "
-      "bool zero_point=True, Tensor? tie=None, Tensor? row_weight=None, ScalarType? dtype=None) -> (Tensor, Tensor)");
+      "search_scale(Tensor w, Tensor x_mean, Tensor gram, *, int group_size, int w_bit=4, int grid=20, "
+      "bool duo_scaling=True, bool zero_point=True, Tensor? tie=None, Tensor? row_weight=None, "
+      "ScalarType? dtype=None) -> (Tensor, Tensor)");
+
+  // The losses by which search_scale compares, of given ones, on any gram.
+  //   candidates float32 [c, k] -> losses float64 [c]
+  m.def(
+      "scale_losses(Tensor w, Tensor candidates, Tensor gram, *, int group_size, int w_bit=4, bool zero_point=True, "
+      "Tensor? row_weight=None, ScalarType? dtype=None) -> Tensor");
 
   // The range [n, G, 2] float32 of each group that loses least, for `quantize`: shrinks the group's own range
   // in `grid` steps down to 1 - max_shrink, at both ends together and at each end alone; the loss of one group is
   // d gram_gg d^T with gram_gg the g x g block of gram on the diagonal. The whole range is always a candidate.
   //   w float [n, k], gram float32 [k, k] -> range float32 [n, G, 2]
   m.def(
-      "search_clip(Tensor w, Tensor gram, *, int group_size, int grid=20, float max_shrink=0.5, "
+      "search_clip(Tensor w, Tensor gram, *, int group_size, int w_bit=4, int grid=20, float max_shrink=0.5, "
       "bool zero_point=True, ScalarType? dtype=None) -> Tensor");
 
   // Rounds w like `quantize`, but to what loses least in the output: loss of a row d gram d^T, d = dequantized - w.
@@ -60,7 +69,8 @@ STABLE_TORCH_LIBRARY(awq_ext, m) {
   //   w float [n, k], gram float32 [k, k], range float32 [n, G, 2]; damping times the mean of gram's diagonal is
   //   added to it in the first step -> q uint8 [n, k], scales `dtype` (None: float16) [n, G], zeros uint8 [n, G]
   m.def(
-      "quantize_compensated(Tensor w, Tensor gram, *, int group_size, bool zero_point=True, Tensor? range=None, "
-      "float damping=0.01, bool act_order=True, int passes=4, bool refit_scales=True, ScalarType? dtype=None) "
+      "quantize_compensated(Tensor w, Tensor gram, *, int group_size, int w_bit=4, bool zero_point=True, "
+      "Tensor? range=None, float damping=0.01, bool act_order=True, int passes=4, bool refit_scales=True, ScalarType? "
+      "dtype=None) "
       "-> (Tensor, Tensor, Tensor)");
 }

@@ -145,7 +145,8 @@ TEST_CASE("CUDA quantize equals core's") {
       for (const DType scale_type : kFloatTypes)
         for (const bool zero_point : {true, false})
           for (const bool with_range : {false, true}) {
-            CAPTURE(c.n, c.k, c.group, int(w_type), int(scale_type), zero_point, with_range);
+            const core::Rounding to{zero_point, scale_type, core::last_code(1 + c.n)};
+            CAPTURE(c.n, c.k, c.group, int(w_type), int(scale_type), zero_point, with_range, to.last);
             Random random(2);
             Array w(w_type, c.n * c.stride, random, -4.0 * c.scale, 4.0 * c.scale);
             for (std::int64_t i = 0; i < c.group; ++i) w.set(i, 0.0);  // an empty group
@@ -168,8 +169,7 @@ TEST_CASE("CUDA quantize equals core's") {
                                     c.group,
                                     c.stride,
                                     w_type,
-                                    scale_type,
-                                    zero_point};
+                                    to};
             REQUIRE(core::quantize_rows(args, 0, c.n) == -1);
             args.q = q.data(), args.scales = scales.data(), args.zeros = zeros.data();
             with_type(w_type, [&]<DType kType>() { play_quantize<kType>(args); });
@@ -189,8 +189,17 @@ TEST_CASE("CUDA quantize marks a group that cannot be represented and leaves the
       std::vector<float> w(n * k, 0.25f);
       w[64 + 40] = bad;  // group 1
       Guarded<std::uint8_t> q(n * k), scales(n * 2 * 2), zeros(n * 2);
-      play_quantize<DType::f32>({w.data(), nullptr, q.data(), scales.data(), zeros.data(), n, k, group, k, DType::f32,
-                                 DType::f16, zero_point});
+      play_quantize<DType::f32>({w.data(),
+                                 nullptr,
+                                 q.data(),
+                                 scales.data(),
+                                 zeros.data(),
+                                 n,
+                                 k,
+                                 group,
+                                 k,
+                                 DType::f32,
+                                 {zero_point, DType::f16}});
       const std::uint8_t zero = zero_point ? 0 : 8;
       for (std::int64_t g = 0; g < 4; ++g) {
         const float scale = core::load_as<float>(scales.data(), DType::f16, g);

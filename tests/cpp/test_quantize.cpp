@@ -16,18 +16,19 @@ namespace {
 
 /// Buffers of one quantize call.
 struct Quantized {
-  Quantized(std::int64_t n, std::int64_t k, std::int64_t group, DType scale_type)
+  Quantized(std::int64_t n, std::int64_t k, std::int64_t group, DType scale_type, std::int64_t bits = 4)
       : n(n),
         k(k),
         group(group),
+        bits(bits),
         q(static_cast<std::size_t>(n * k), 255),
         scales(scale_type, n * (k / group)),
         zeros(static_cast<std::size_t>(n * (k / group)), 255) {}
 
   std::int64_t run(const Array& w, std::int64_t stride, const float* range, bool zero_point, std::int64_t begin,
                    std::int64_t end) {
-    return quantize_rows({w.data(), range, q.data(), scales.data(), zeros.data(), n, k, group, stride, w.type(),
-                          scales.type(), zero_point},
+    const Rounding to{zero_point, scales.type(), last_code(bits)};
+    return quantize_rows({w.data(), range, q.data(), scales.data(), zeros.data(), n, k, group, stride, w.type(), to},
                          begin, end);
   }
   std::int64_t run(const Array& w, bool zero_point) { return run(w, k, nullptr, zero_point, 0, n); }
@@ -39,14 +40,16 @@ struct Quantized {
     return (code(row, col) - zero(row, col / group)) * scale(row, col / group);
   }
 
-  std::int64_t n, k, group;
+  int last() const { return (1 << bits) - 1; }
+
+  std::int64_t n, k, group, bits;
   std::vector<std::uint8_t> q;
   Array scales;
   std::vector<std::uint8_t> zeros;
 };
 
 /// One group by the definition in float64: the scale is the exact one as its type rounds it (upwards below the normal
-/// range), the zero is the nearest whole number, each code the nearest of the sixteen values. `slack` covers float32
+/// range), the zero is the nearest whole number, each code the nearest of all values. `slack` covers float32
 /// arithmetic before rounding.
 void check_group(const Quantized& result, const Array& w, std::int64_t stride, std::int64_t row, std::int64_t g,
                  double lo, double hi, bool zero_point) {
@@ -54,7 +57,8 @@ void check_group(const Quantized& result, const Array& w, std::int64_t stride, s
   lo = std::min(lo, 0.0), hi = std::max(hi, 0.0);
   const double s = result.scale(row, g);
   const int z = result.zero(row, g);
-  const double exact = zero_point ? (hi - lo) / 15 : std::max(-lo, hi) / 7;
+  const int last = result.last(), middle = (last + 1) / 2;
+  const double exact = zero_point ? (hi - lo) / last : std::max(-lo, hi) / (middle - 1);
   const DType type = result.scales.type();
   if (lo == hi) {
     REQUIRE(s == 1.0);
@@ -64,21 +68,22 @@ void check_group(const Quantized& result, const Array& w, std::int64_t stride, s
   } else {
     REQUIRE(std::fabs(s - exact) <= exact * (test::unit_roundoff(type) + slack));
   }
-  REQUIRE((z >= 0 && z <= kMaxCode));
+  REQUIRE((z >= 0 && z <= last));
   if (zero_point) {
-    REQUIRE(std::fabs(z - std::clamp(-lo / s, 0.0, 15.0)) <= 0.5 + 16 * slack);
+    REQUIRE(std::fabs(z - std::clamp<double>(-lo / s, 0.0, last)) <= 0.5 + (last + 1) * slack);
   } else {
-    REQUIRE(z == kSymmetricZero);
+    REQUIRE(z == middle);
   }
-  // What the codes cannot reach at the ends: half a step from rounding z, and what rounding s down takes from 15 steps.
-  const double largest_error = s * (0.5 + 15 * test::unit_roundoff(type) + 32 * slack);
+  // What the codes cannot reach at the ends: half a step from rounding z, and what rounding s down takes from all
+  // steps.
+  const double largest_error = s * (0.5 + last * test::unit_roundoff(type) + 2 * (last + 1) * slack);
   int wrong = 0;
   for (std::int64_t i = 0; i < result.group; ++i) {
     const std::int64_t col = g * result.group + i;
     const double x = w[row * stride + col], error = std::fabs(x - result.value(row, col));
     double nearest = std::numeric_limits<double>::infinity();
-    for (int code = 0; code <= kMaxCode; ++code) nearest = std::min(nearest, std::fabs(x - (code - z) * s));
-    wrong += result.code(row, col) > kMaxCode || error > nearest + s * 32 * slack;
+    for (int code = 0; code <= last; ++code) nearest = std::min(nearest, std::fabs(x - (code - z) * s));
+    wrong += result.code(row, col) > last || error > nearest + s * 2 * (last + 1) * slack;
     wrong += x >= lo && x <= hi && error > largest_error;
   }
   REQUIRE(wrong == 0);
@@ -89,8 +94,9 @@ struct Shape {
 };
 
 /// Quantizes w with rows `stride` apart and checks every group; `range` is empty or [n, groups, 2].
-void check_all(const Array& w, Shape s, DType scale_type, bool zero_point, const std::vector<float>& range) {
-  Quantized result(s.n, s.k, s.group, scale_type);
+void check_all(const Array& w, Shape s, DType scale_type, bool zero_point, const std::vector<float>& range,
+               std::int64_t bits = 4) {
+  Quantized result(s.n, s.k, s.group, scale_type, bits);
   REQUIRE(result.run(w, s.stride, range.empty() ? nullptr : range.data(), zero_point, 0, s.n) == -1);
   for (std::int64_t row = 0; row < s.n; ++row)
     for (std::int64_t g = 0; g < s.k / s.group; ++g) {
@@ -140,6 +146,20 @@ TEST_CASE("every group is rounded as defined, for all dtypes, ranges and strides
           }
 }
 
+TEST_CASE("every group is rounded as defined, to every number of bits") {
+  Random random(9);
+  for (std::int64_t bits = 2; bits <= 8; ++bits)
+    for (const DType scale_type : test::kFloatTypes)
+      for (const bool zero_point : {true, false})
+        for (const bool with_range : {false, true}) {
+          CAPTURE(bits, int(scale_type), zero_point, with_range);
+          const Array w(DType::f32, 3 * 96, random, -0.7, 1.1);
+          std::vector<float> range;
+          for (std::int64_t i = 0; with_range && i < 9; ++i) range.insert(range.end(), {-0.2f, 0.5f});
+          check_all(w, {3, 96, 32, 96}, scale_type, zero_point, range, bits);
+        }
+}
+
 TEST_CASE("a group of one sign does not saturate") {
   Random random(6);
   for (const double sign : {1.0, -1.0})
@@ -156,14 +176,14 @@ TEST_CASE("a group of one sign does not saturate") {
 TEST_CASE("weights far outside the given range saturate at its ends") {
   const double far[] = {1.0, 1e6, 1e30, 3e38};
   for (const double x : far)
-    for (const bool zero_point : {true, false}) {
+    for (const auto& [zero_point, bits] : {std::pair{true, 4}, {false, 4}, {true, 8}, {false, 2}}) {
       Array w(DType::f32, 32);
       for (std::int64_t i = 0; i < 32; ++i) w.set(i, i % 2 ? x : -x);
       const std::vector<float> range = {-0x1p-12f, 0x1p-12f};
-      Quantized result(1, 32, 32, DType::f16);
-      CAPTURE(x, zero_point);
+      Quantized result(1, 32, 32, DType::f16, bits);
+      CAPTURE(x, zero_point, bits);
       REQUIRE(result.run(w, 32, range.data(), zero_point, 0, 1) == -1);
-      for (std::int64_t i = 0; i < 32; ++i) REQUIRE(result.code(0, i) == (i % 2 ? kMaxCode : 0));
+      for (std::int64_t i = 0; i < 32; ++i) REQUIRE(result.code(0, i) == (i % 2 ? result.last() : 0));
     }
 }
 

@@ -70,10 +70,9 @@ void for_levels(Body body) {
   }
 }
 
-/// What rounding one group to 4 bits within [lo, hi] does to it.
-std::vector<float> group_error(const float* w, std::int64_t group, float lo, float hi, bool zero_point,
-                               DType scale_type) {
-  const GroupParameters p = group_parameters(lo, hi, zero_point, scale_type);
+/// What rounding one group within [lo, hi] does to it.
+std::vector<float> group_error(const float* w, std::int64_t group, float lo, float hi, Rounding to) {
+  const GroupParameters p = group_parameters(lo, hi, to);
   std::vector<float> d;
   for (std::int64_t i = 0; i < group; ++i) d.push_back(dequantize_code(round_code(w[i], p), p) - w[i]);
   return d;
@@ -134,7 +133,8 @@ TEST_CASE("quantization_error is what quantize does, with the same bits at every
       for (const bool zero_point : {true, false})
         for (const double magnitude : {1.0, 1e-6, 3000.0}) {
           const auto [k, group] = depth;
-          CAPTURE(k, group, int(scale_type), zero_point, magnitude);
+          const Rounding to{zero_point, scale_type, last_code(2 + random.bits() % 7)};
+          CAPTURE(k, group, int(scale_type), zero_point, magnitude, to.last);
           const auto w = random.floats(k, -0.7 * magnitude, magnitude), scale = random.floats(k, 0.25, 4.0);
           std::vector<float> inverse, expected;
           Array scaled(DType::f32, k);
@@ -145,9 +145,9 @@ TEST_CASE("quantization_error is what quantize does, with the same bits at every
           }
           std::vector<std::uint8_t> q(static_cast<std::size_t>(k)), zeros(static_cast<std::size_t>(k / group));
           Array scales(scale_type, k / group);
-          REQUIRE(quantize_rows({scaled.data(), nullptr, q.data(), scales.data(), zeros.data(), 1, k, group, k,
-                                 DType::f32, scale_type, zero_point},
-                                0, 1) == -1);
+          REQUIRE(quantize_rows(
+                      {scaled.data(), nullptr, q.data(), scales.data(), zeros.data(), 1, k, group, k, DType::f32, to},
+                      0, 1) == -1);
           for (std::int64_t i = 0; i < k; ++i) {
             const auto j = static_cast<std::size_t>(i);
             const float code = static_cast<float>(q[j] - zeros[static_cast<std::size_t>(i / group)]);
@@ -155,8 +155,7 @@ TEST_CASE("quantization_error is what quantize does, with the same bits at every
           }
           for_levels([&](const Kernels& kernels) {
             std::vector<float> d(static_cast<std::size_t>(k));
-            REQUIRE(kernels.quantization_error(w.data(), scale.data(), inverse.data(), d.data(), k, group, zero_point,
-                                               scale_type));
+            REQUIRE(kernels.quantization_error(w.data(), scale.data(), inverse.data(), d.data(), k, group, to));
             CHECK(std::memcmp(d.data(), expected.data(), d.size() * sizeof(float)) == 0);
           });
         }
@@ -169,8 +168,8 @@ TEST_CASE("quantization_error refuses a group whose scale is not finite") {
         for (const bool zero_point : {true, false}) {
           std::vector<float> w(64, 0.5f), ones(64, 1.0f), d(64);
           w[place] = bad;
-          CHECK_FALSE(
-              kernels.quantization_error(w.data(), ones.data(), ones.data(), d.data(), 64, 32, zero_point, DType::f16));
+          CHECK_FALSE(kernels.quantization_error(w.data(), ones.data(), ones.data(), d.data(), 64, 32,
+                                                 {zero_point, DType::f16}));
         }
   });
 }
@@ -180,7 +179,7 @@ TEST_CASE("weight_means: the mean over rows of |w| relative to the largest of it
   constexpr std::int64_t n = 5, k = 96, group = 32;
   auto w = random.floats(n * k, -1.0, 1.0);
   std::fill_n(w.begin() + 2 * k, group, 0.0f);  // a dead group
-  const SearchArgs args{w.data(), n, k, group, true, DType::f16, &portable_kernels()};
+  const SearchArgs args{w.data(), n, k, group, {true, DType::f16}, &portable_kernels()};
   std::vector<float> means(k, -1.0f);
   for (std::int64_t g = 0; g < k / group; ++g) weight_means(args, g, g + 1, means.data());
   for (std::int64_t i = 0; i < k; ++i) {
@@ -276,7 +275,7 @@ TEST_CASE("scale_losses is the loss of each row, and infinite where a scale is n
   std::vector<float> inverse;
   for (const float c : candidate) inverse.push_back(1.0f / c);
   for_levels([&](const Kernels& kernels) {
-    const SearchArgs args{w.data(), n, k, group, true, DType::f16, &kernels};
+    const SearchArgs args{w.data(), n, k, group, {true, DType::f16}, &kernels};
     const auto triangle = packed_triangle(gram.data(), k, k, kernels.panel);
     std::vector<float> scratch(static_cast<std::size_t>(scale_scratch_size(args)), kNan), d(k);
     for (const auto& [begin, end] : {std::pair<std::int64_t, std::int64_t>{0, 48}, {48, 50}, {7, 8}}) {
@@ -284,14 +283,14 @@ TEST_CASE("scale_losses is the loss of each row, and infinite where a scale is n
       scale_losses(args, triangle.data(), candidate.data(), inverse.data(), begin, end, scratch.data(), loss.data());
       for (std::int64_t row = begin; row < end; ++row) {
         REQUIRE(kernels.quantization_error(&w[static_cast<std::size_t>(row * k)], candidate.data(), inverse.data(),
-                                           d.data(), k, group, true, DType::f16));
+                                           d.data(), k, group, {true, DType::f16}));
         const Loss expected = exact_loss(d.data(), gram.data(), k, k);
         CHECK(std::fabs(loss[static_cast<std::size_t>(row - begin)] - expected.value) <= rounding_bound(expected, k));
       }
     }
     auto broken = w;
     broken[3 * k + 5] = 1e7f;  // its scale overflows float16
-    const SearchArgs bad{broken.data(), n, k, group, true, DType::f16, &kernels};
+    const SearchArgs bad{broken.data(), n, k, group, {true, DType::f16}, &kernels};
     double loss[2] = {0.0, 0.0};
     scale_losses(bad, triangle.data(), candidate.data(), inverse.data(), 3, 4, scratch.data(), loss);
     CHECK(std::isinf(loss[0]));
@@ -320,7 +319,7 @@ TEST_CASE("the chosen clip range is never worse than the whole range, nor than a
       const auto gram = gram_matrix(k, 3 * k, random);
       int narrowed = 0;
       for_levels([&](const Kernels& kernels) {
-        const SearchArgs args{w.data(), n, k, group, zero_point, DType::f16, &kernels};
+        const SearchArgs args{w.data(), n, k, group, {zero_point, DType::f16}, &kernels};
         const std::int64_t size = triangle_size(group, kernels.panel);
         std::vector<float> triangles(static_cast<std::size_t>(groups * size));
         for (std::int64_t g = 0; g < groups; ++g)
@@ -337,7 +336,7 @@ TEST_CASE("the chosen clip range is never worse than the whole range, nor than a
             const double lo = std::min(*low, 0.0f), hi = std::max(*high, 0.0f);
             const float* ends = &range[static_cast<std::size_t>((row * groups + g) * 2)];
             const auto loss_of = [&](float from, float to) {
-              const auto d = group_error(weights, group, from, to, zero_point, DType::f16);
+              const auto d = group_error(weights, group, from, to, {zero_point, DType::f16});
               return exact_loss(d.data(), block, k, group);
             };
             CAPTURE(k, group, zero_point, row, g, lo, hi, ends[0], ends[1]);
