@@ -21,10 +21,12 @@ from torch import Tensor, nn
 from awq_ext.atomic import replace_directory
 from awq_ext.config import QuantConfig
 from awq_ext.errors import CheckpointError, UnsupportedModelError
+from awq_ext.experts import open_experts
 from awq_ext.format import INDEX, LEGACY_QUANT_FILES, SINGLE, Checkpoint, read_json
 from awq_ext.hub import resolve
 from awq_ext.layouts import FLOATS, check_scales, layouts
 from awq_ext.linear import AwqLinear
+from awq_ext.names import Names
 from awq_ext.relayout import Converted
 from awq_ext.scaled import ScaledActivation, insert_scaled_activations
 from awq_ext.storage import NAME_OF, Writer, bytes_of, write_order
@@ -39,9 +41,6 @@ SHARD_PATTERN = "model-?????-of-?????.safetensors"
 # Keys of config.json that would have transformers load or choose something else than a plain model of this type: its
 # own quantizers, code of the checkpoint, and (a remnant that transformers 4 writes) slow attention.
 NOT_FOR_BUILDING = ("quantization_config", "auto_map", "_attn_implementation_autoset")
-# Prefixes of tensors that transformers 5 has renamed, by model_type: (the older name, which all readers of files know
-# and transformers 5 still reads, the newer name).
-RENAMED = {"gpt_neox": ("embed_out.", "lm_head.")}
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 # What belongs to a tokenizer or processor, and is copied from the original model as it is.
@@ -93,6 +92,8 @@ def load_quantized(
     if dtype not in DTYPES.values():
         raise ValueError(f"dtype must be float32, float16 or bfloat16, got {dtype}")
     model = _skeleton(checkpoint, dtype)
+    names = Names(model)
+    open_experts(model, stored={names.in_model(name) for name in checkpoint.info})
     _swap_linears(checkpoint, model)
     insert_scaled_activations(checkpoint, model)
     _fill(checkpoint, model, torch.device(device), dtype)
@@ -160,10 +161,11 @@ def _skeleton(checkpoint: Converted, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def _swap_linears(checkpoint: Converted, model: nn.Module) -> None:
-    modules = dict(model.named_modules())
-    for name, linear in checkpoint.linears.items():
+    modules, names = dict(model.named_modules()), Names(model)
+    for stored, linear in checkpoint.linears.items():
+        name = names.in_model(f"{stored}.weight").removesuffix(".weight")
         module = modules.get(name)
-        where = f"{checkpoint.path}: {name}"
+        where = f"{checkpoint.path}: {stored}"
         if not isinstance(module, nn.Linear):
             got = "no module" if module is None else type(module).__name__
             module = None if module is None else as_linear(module)
@@ -182,8 +184,9 @@ def _swap_linears(checkpoint: Converted, model: nn.Module) -> None:
 
 def _fill(checkpoint: Converted, model: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> None:
     """Give every parameter and persistent buffer its stored value on ``device``."""
-    tensors = model.state_dict(keep_vars=True)
-    in_model = {_name_in_files(checkpoint, name): name for name in tensors}
+    tensors, names = model.state_dict(keep_vars=True), Names(model)
+    stored_as = {names.in_model(name): name for name in checkpoint.info}
+    in_model = {stored_as.get(name, name): name for name in tensors}
     state = {name: tensors[there] for name, there in in_model.items()}
     names_of: dict[int, list[str]] = {}  # identity of a tensor -> all its names: tied weights have several
     for name, tensor in state.items():
@@ -201,7 +204,7 @@ def _fill(checkpoint: Converted, model: PreTrainedModel, device: torch.device, d
         if name.rpartition(".")[0] in checkpoint.linears or not target.is_floating_point():
             to = stored.dtype
         elif isinstance(target, nn.Parameter):
-            to = torch.float32 if in_float32.search(name) else dtype
+            to = torch.float32 if in_float32.search(in_model[name]) else dtype
         else:
             to = target.dtype
         value = stored.to(device, to)
@@ -217,17 +220,6 @@ def _fill(checkpoint: Converted, model: PreTrainedModel, device: torch.device, d
     left = [name for name, t in (*model.named_parameters(), *model.named_buffers()) if t.is_meta]
     if left:
         raise UnsupportedModelError(f"{type(model).__name__} keeps weights outside its state dict: {_some(left)}")
-
-
-def _name_in_files(checkpoint: Converted, name: str) -> str:
-    """The name that the files have for a tensor of the model, where versions of transformers disagree."""
-    prefixes = RENAMED.get(str(checkpoint.config.get("model_type")), ())
-    for mine in prefixes:
-        for other in prefixes:
-            renamed = other + name.removeprefix(mine)
-            if name.startswith(mine) and name not in checkpoint.info and renamed in checkpoint.info:
-                return renamed
-    return name
 
 
 def _assign(model: nn.Module, names: list[str], value: Tensor, target: Tensor) -> None:
@@ -363,13 +355,15 @@ def _describe(model: PreTrainedModel) -> QuantConfig:
         raise CheckpointError(f"a checkpoint has one group size for all its linears, the model has {sorted(sizes)}")
     stated = getattr(model.config, "quantization_config", None)
     listed = stated.get("modules_to_not_convert") if isinstance(stated, dict) else None
-    head = model.get_output_embeddings()
+    head, names = model.get_output_embeddings(), Names(model)
     # Readers that convert every Linear must be told which ones are plain, by names that can mean nothing else; the
-    # head they never convert, unless somebody has listed it.
+    # head they never convert, unless somebody has listed it. What is no Linear here may be one there: a router.
     skipped = [
-        name
+        names.in_files(f"{name}.weight").removesuffix(".weight")
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and (module is not head or any(part in name for part in listed or ()))
+        if any(weight.dim() > 1 for weight in module.parameters(recurse=False))
+        and not isinstance(module, nn.Embedding)
+        and (module is not head or any(part in name for part in listed or ()))
     ]
     # Zeros are always stored (8 everywhere for symmetric rounding), and readers may refuse to look for them at False.
     return QuantConfig(
@@ -378,8 +372,8 @@ def _describe(model: PreTrainedModel) -> QuantConfig:
 
 
 def _tensors_to_write(model: PreTrainedModel) -> dict[str, Tensor]:
-    """The state dict with each tied tensor once, under its first name, which is the one that all versions read."""
-    older, newer = RENAMED.get(model.config.model_type, ("", ""))
+    """The state dict with each tied tensor once, under its first name, as files have it (:mod:`awq_ext.names`)."""
+    names = Names(model)
     with_scales = (AwqLinear, ScaledActivation)
     scales = {f"{name}.scales" for name, module in model.named_modules() if isinstance(module, with_scales)}
     tensors: dict[str, Tensor] = {}
@@ -393,7 +387,7 @@ def _tensors_to_write(model: PreTrainedModel) -> dict[str, Tensor]:
         tensor = tensor.detach()
         if name in scales and tensor.dtype == torch.float32 and torch.equal(tensor.half().float(), tensor):
             tensor = tensor.half()
-        tensors[older + name.removeprefix(newer) if name.startswith(newer) else name] = tensor
+        tensors[names.in_files(name)] = tensor
     return tensors
 
 

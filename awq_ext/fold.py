@@ -22,7 +22,8 @@ class Fold:
     producer: str
     """The name of a norm, a linear or an activation in the block."""
     readers: tuple[str, ...]
-    """The names of linears in the block, in the order they are called."""
+    """The names of linears in the block, and of others with a weight [n, k] that is multiplied by their input [.., k],
+    as a mixture's router; in the order they are called."""
     rows: Tensor
     """int64 [k]: the producer's output channel that input channel j of the readers is."""
     plus: float | None = None
@@ -40,12 +41,16 @@ def apply_fold(block: nn.Module, fold: Fold, scale: Tensor, dtype: torch.dtype) 
     """Fold ``scale`` [k] into the weights of a block, which are float32 or float64, and return what was applied.
 
     ``dtype`` is what a norm's weight will be stored in; its rounding is undone in the readers (see `divide_norm`). An
-    activation, which has no weight, is put into a ScaledActivation.
+    activation, which has no weight, is put into a ScaledActivation with a scale rounded to float16, as files have it.
     """
     producer = block.get_submodule(fold.producer)
     rows = fold.rows.to(scale.device)
     if next(producer.parameters(), None) is None:
-        block.set_submodule(fold.producer, ScaledActivation(producer, torch.empty_like(scale).scatter_(0, rows, scale)))
+        stored = scale.clamp(torch.finfo(torch.float16).tiny, torch.finfo(torch.float16).max).half()
+        block.set_submodule(
+            fold.producer, ScaledActivation(producer, torch.empty_like(stored).scatter_(0, rows, stored))
+        )
+        scale = stored.to(scale.dtype)
     else:
         weight, bias = producer.get_parameter("weight"), getattr(producer, "bias", None)
         divisor = scale.new_ones(len(weight)).scatter_(0, rows, scale)

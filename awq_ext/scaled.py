@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from awq_ext.errors import CheckpointError
 from awq_ext.layouts import FLOATS
 from awq_ext.linear import AwqLinear
+from awq_ext.names import Names
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -51,19 +52,20 @@ def insert_scaled_activations(checkpoint: "Converted", model: "PreTrainedModel")
     model has no activation of that name, if the same activation is in use where the files have no scales for it, or
     if no linear beside it has as many inputs as there are scales.
     """
-    modules = dict(model.named_modules(remove_duplicate=False))
-    for name, features in checkpoint.activations.items():
-        tensor = checkpoint.info[f"{name}.scales"]
-        where = f"{checkpoint.path / tensor.shard}: {name}.scales"
+    modules, names = dict(model.named_modules(remove_duplicate=False)), Names(model)
+    for stored, features in checkpoint.activations.items():
+        tensor = checkpoint.info[f"{stored}.scales"]
+        name = names.in_model(f"{stored}.scales").removesuffix(".scales")
+        where = f"{checkpoint.path / tensor.shard}: {stored}.scales"
         act, (parent, _, child) = modules.get(name), name.rpartition(".")
-        reason = _why_no_activation(act)
+        reason = why_no_activation(act)
         if act is None or reason is not None:
-            raise CheckpointError(f"{where}, with no {name}.qweight beside it, scales an activation, but {reason}")
+            raise CheckpointError(f"{where}, with no {stored}.qweight beside it, scales an activation, but {reason}")
         # Modules that share one activation object keep it; only this parent's is replaced. But the parent may have it
         # under a second name, or be a second time in the model itself.
         for other, module in modules.items():
             alias = module is act and modules[other.rpartition(".")[0]] is modules[parent]
-            if alias and other not in checkpoint.activations:
+            if alias and names.in_files(f"{other}.scales").removesuffix(".scales") not in checkpoint.activations:
                 raise CheckpointError(f"{where}: the model uses the same module as {other}, which has no scales")
         readers = _inputs_beside(modules[parent], model)
         if features not in readers:
@@ -76,7 +78,32 @@ def insert_scaled_activations(checkpoint: "Converted", model: "PreTrainedModel")
         setattr(modules[parent], child, ScaledActivation(act, scales))
 
 
-def _why_no_activation(module: nn.Module | None) -> str | None:
+def may_be_scaled(block: nn.Module, model_type: str, wanted: bool | None) -> list[str]:
+    """The names of the activations in a block that a checkpoint may have scales for.
+
+    ``wanted`` False: none; True: all; None: in a model type that readers of AutoAWQ's files know, the one that they
+    look for, by transformers' list of them.
+    """
+    beside: dict[str, str] = {}
+    if wanted is None:
+        try:
+            from transformers.integrations.awq import AWQ_SCALES_MAPPINGS
+
+            beside = AWQ_SCALES_MAPPINGS.get(model_type, {})
+        except ImportError:
+            pass
+    names = [name for name, module in block.named_modules() if name and why_no_activation(module) is None]
+    if wanted is None:
+        names = [
+            name
+            for name in names
+            if (parts := name.rpartition("."))[2] == beside.get("act")
+            and hasattr(block.get_submodule(parts[0]), beside["layer_before_act"])
+        ]
+    return names if wanted is not False else []
+
+
+def why_no_activation(module: nn.Module | None) -> str | None:
     """The reason why a module cannot be what AutoAWQ scales, one elementwise function; None if it can."""
     if module is None:
         return "the model has no module of that name"

@@ -12,7 +12,11 @@ It asks the block itself, by running it, and knows no architecture and no operat
    on that copy, where the half of it that goes into the producer must not (or the proof says nothing), and then on
    the weights and hidden states of each block that it is to be used in.
 
-All runs are in float64, and casts to narrower types that a model makes on its way are made casts to float64.
+All runs are in float64, and casts to narrower types that a model makes on its way are made casts to float64. A layer
+of experts is run with the first few of them (:func:`awq_ext.experts.shortened`), which stand for the others.
+
+Readers are linears, and whatever else has a weight [n, k] for an input of k channels, as the router of a mixture has:
+the scale is multiplied into it, though it is not quantized.
 
 Hooks on modules were chosen over following operators (TorchDispatchMode, torch.fx): a rule is needed for every
 operator that moves, repeats, mixes or multiplies channels, a missing one looks like a reader, a wrong one breaks the
@@ -24,7 +28,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -37,6 +41,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from awq_ext.calibrate import BlockInputs
 from awq_ext.errors import UnsupportedModelError
+from awq_ext.experts import shortened, stand_ins
 from awq_ext.fold import Fold, apply_fold, norm_offset
 
 EQUAL = 1e-9
@@ -52,7 +57,7 @@ Inputs = tuple[Tensor, tuple[Any, ...], dict[str, Any]]
 @dataclass
 class Traced:
     folds: list[Fold] = field(default_factory=list)
-    """In the order in which their readers are called; each linear is the reader of one at most."""
+    """In the order in which their readers are called; each module is the reader of one at most."""
     refused: dict[str, str] = field(default_factory=dict)
     """For each linear that reads no such output, the reason."""
 
@@ -75,38 +80,77 @@ def find_blocks(model: nn.Module) -> str:
 
 
 @torch.no_grad()
-def trace(block: nn.Module, linears: Sequence[str], single: Inputs, several: Inputs) -> Traced:
+def trace(
+    block: nn.Module, linears: Sequence[str], single: Inputs, several: Inputs, activations: Collection[str] = ()
+) -> Traced:
     """The folds of a block among its ``linears``, by name, and its norms. The block is not changed.
 
     ``single`` are inputs of many windows of one token, ``several`` of some with several tokens; of the hidden states
-    only the shape counts.
+    only the shape counts. ``activations`` are names of activations that may take a scale of their own
+    (:class:`awq_ext.scaled.ScaledActivation`) where nothing else can.
     """
+    copies = stand_ins(block)
     try:
-        return _trace(_random_twin(block), linears, single, several)
+        with shortened(block):
+            twin = _random_twin(block)
+        short = [name for name in linears if name == _stand_in(name, copies)]
+        found = _trace(twin, short, single, several, activations)
     except Exception as error:  # whatever a block of any kind may raise on float64
         return Traced(refused=dict.fromkeys(linears, _not_run(error)))
+    traced = Traced([whole for fold in found.folds for whole in _for_all(fold, copies)])
+    for name in linears:
+        if (reason := found.refused.get(_stand_in(name, copies))) is not None:
+            traced.refused[name] = reason
+    return traced
 
 
-def _trace(twin: nn.Module, linears: Sequence[str], single: Inputs, several: Inputs) -> Traced:
-    probe = _Probe(twin, linears, _random_states(single))
+def _stand_in(name: str, copies: Mapping[str, str]) -> str:
+    """The module that stands for this one in a shortened block."""
+    return next((first + name.removeprefix(other) for other, first in copies.items() if name.startswith(other)), name)
+
+
+def _for_all(fold: Fold, copies: Mapping[str, str]) -> list[Fold]:
+    """A fold of a shortened block as folds of the whole: one for each expert, or with the readers in all experts."""
+    folds, readers = [fold], list(fold.readers)
+    for other, first in copies.items():
+        same = [other + name.removeprefix(first) for name in fold.readers if name.startswith(first)]
+        if fold.producer.startswith(first):
+            folds.append(replace(fold, producer=other + fold.producer.removeprefix(first), readers=tuple(same)))
+        else:
+            readers += same
+    return folds if len(folds) > 1 else [replace(fold, readers=tuple(readers))]
+
+
+def _trace(
+    twin: nn.Module, linears: Sequence[str], single: Inputs, several: Inputs, activations: Collection[str]
+) -> Traced:
+    probe = _Probe(twin, linears, _random_states(single), activations)
     norms = {name: plus for name, module in twin.named_modules() if (plus := _is_norm(module)) is not None}
-    found: list[Fold] = []
     reasons: dict[str, str] = {}
-    for producer in sorted((name for name in (*linears, *norms) if name in probe.called), key=probe.called.index):
-        for rows, readers in probe.readers(producer, reasons):
-            found.append(Fold(producer, readers, rows, norms.get(producer)))
-    # A linear that two could scale (both factors of a product) takes the later one, which is the one with no
-    # activation behind it in every model that has one.
     traced, taken = Traced(), set[str]()
     several = _random_states(several)
-    for fold in reversed(found):
-        if taken.isdisjoint(fold.readers):
-            wrong = _why_not_proven(twin, fold, several) or probe.why_unsure(fold)
-            if wrong is None:
-                traced.folds.append(fold)
-                taken.update(fold.readers)
-            else:
-                reasons.update(dict.fromkeys(fold.readers, wrong))
+
+    def take(producers: list[str]) -> None:
+        # A linear that two could scale (both factors of a product) takes the later one, which is the one with no
+        # activation behind it in every model that has one.
+        found = [
+            Fold(producer, readers, rows, norms.get(producer))
+            for producer in producers
+            for rows, readers in probe.readers(producer, reasons)
+        ]
+        for fold in reversed(found):
+            if taken.isdisjoint(fold.readers):
+                wrong = _why_not_beside(fold, activations) or _why_not_proven(twin, fold, several)
+                wrong = wrong or probe.why_unsure(fold)
+                if wrong is None:
+                    traced.folds.append(fold)
+                    taken.update(fold.readers)
+                else:
+                    reasons.update(dict.fromkeys(fold.readers, wrong))
+
+    take(sorted((name for name in (*linears, *norms) if name in probe.called), key=probe.called.index))
+    if not taken.issuperset(linears):
+        take([name for name in activations if name in probe.widths])
     traced.folds.sort(key=lambda fold: probe.called.index(fold.readers[0]))
     for name in linears:
         if name not in taken:
@@ -119,14 +163,31 @@ def prove(block: nn.Module, folds: Sequence[Fold], inputs: Inputs) -> list[str |
     """For each fold, why it must not be used in this block (None: it is proven). The block is not changed."""
     if not folds:
         return []
-    twin = _float64_twin(block)
+    copies = stand_ins(block)
+    short = [_short(fold, copies) for fold in folds]
+    different = {_key(fold): fold for fold in short if fold is not None}
+    wrong: dict[Any, str | None] = dict.fromkeys(different)
     try:
+        with shortened(block):
+            twin = _float64_twin(block)
         before = _run(twin, inputs)
-        if _differ(before, _folded(twin, folds, inputs)) is None:
-            return [None] * len(folds)
-        return [_differ(before, _folded(twin, [fold], inputs)) for fold in folds]
+        if _differ(before, _folded(twin, list(different.values()), inputs)) is not None:
+            wrong = {key: _differ(before, _folded(twin, [fold], inputs)) for key, fold in different.items()}
     except Exception as error:  # as above
-        return [_not_run(error)] * len(folds)
+        wrong = dict.fromkeys(different, _not_run(error))
+    return ["it is not the same for all experts" if fold is None else wrong[_key(fold)] for fold in short]
+
+
+def _short(fold: Fold, copies: Mapping[str, str]) -> Fold | None:
+    """The fold in a shortened block that stands for this one; None if that one stands for something else."""
+    readers = dict.fromkeys(_stand_in(name, copies) for name in fold.readers)
+    short = replace(fold, producer=_stand_in(fold.producer, copies), readers=tuple(readers))
+    meant = [(whole.producer, set(whole.readers)) for whole in _for_all(short, copies)]
+    return short if (fold.producer, set(fold.readers)) in meant else None
+
+
+def _key(fold: Fold) -> Any:
+    return fold.producer, fold.readers, tuple(fold.rows.tolist()), fold.plus
 
 
 def _not_run(error: Exception) -> str:
@@ -235,6 +296,13 @@ def few_inputs(model: nn.Module, blocks: Sequence[nn.Module]) -> BlockInputs | N
         return None
 
 
+def _why_not_beside(fold: Fold, activations: Collection[str]) -> str | None:
+    """Why an activation cannot have scales in a checkpoint: readers of files look for a linear beside it."""
+    parent = fold.producer.rpartition(".")[0]
+    apart = [name for name in fold.readers if name.rpartition(".")[0] != parent]
+    return f"{fold.producer} is not beside {apart[0]}" if fold.producer in activations and apart else None
+
+
 def _why_not_proven(twin: nn.Module, fold: Fold, inputs: Inputs) -> str | None:
     """Why a fold is not proven on these weights and hidden states, which have to show it if it is wrong."""
     before = _run(twin, inputs)
@@ -273,17 +341,35 @@ class _Stop(Exception):
 class _Probe:
     """A block with random weights, what goes into its modules, and what happens when one writes something else."""
 
-    def __init__(self, block: nn.Module, linears: Sequence[str], block_inputs: Inputs) -> None:
-        self.block, self.block_inputs, self.linears = block, block_inputs, list(linears)
+    def __init__(
+        self, block: nn.Module, linears: Sequence[str], block_inputs: Inputs, activations: Collection[str]
+    ) -> None:
+        self.block, self.block_inputs = block, block_inputs
         self.inputs: dict[str, list[Tensor]] = {}
-        modules = dict(block.named_modules())
-        # Everything with weights of its own is watched, so that a reader that is no linear can be named.
-        self.watched = [n for n, m in modules.items() if next(m.parameters(recurse=False), None) is not None]
+        own = {name: dict(module.named_parameters(recurse=False)) for name, module in block.named_modules()}
+        # Everything with weights of its own is watched, so that a reader that cannot take a scale can be named.
+        self.watched = [name for name, parameters in own.items() if parameters]
+        weights = {name: parameters["weight"] for name, parameters in own.items() if "weight" in parameters}
+        self.readable = {name: weight.shape[1] for name, weight in weights.items() if weight.dim() == 2}
+        self.widths = {name: len(weight) for name, weight in weights.items()}
+        """How many channels a producer writes."""
 
         def record(name: str, x: Tensor) -> None:
             self.inputs.setdefault(name, []).append(x.clone())
 
-        self.output = self._run({name: record for name in self.watched})
+        def measure(name: str) -> Any:
+            def hook(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+                if len(args) == 1 and getattr(output, "shape", None) == getattr(args[0], "shape", ()):
+                    self.widths[name] = output.shape[-1]
+
+            return hook
+
+        handles = [block.get_submodule(name).register_forward_hook(measure(name)) for name in activations]
+        try:
+            self.output = self._run({name: record for name in self.watched})
+        finally:
+            for handle in handles:
+                handle.remove()
         self.called = list(self.inputs)
         self.idle = [name for name in linears if name not in self.inputs]
 
@@ -300,8 +386,7 @@ class _Probe:
 
     def readers(self, producer: str, reasons: dict[str, str]) -> Iterator[tuple[Tensor, tuple[str, ...]]]:
         """(channels of the producer, linears that read them) for every set of channels with no other reader."""
-        parameter = self.block.get_submodule(producer).get_parameter("weight")
-        every = torch.arange(len(parameter))
+        every = torch.arange(self.widths[producer])
         seen = self._scaled(producer, every)
         if seen.problem is not None:
             # Some of the rows, as those of the values in a fused qkv, may yet do.
@@ -326,8 +411,7 @@ class _Probe:
 
     def _scaled(self, producer: str, channels: Tensor) -> _Seen:
         """Who reads these channels of the producer: run with each multiplied by a number of its own."""
-        size = len(self.block.get_submodule(producer).get_parameter("weight"))
-        scale = torch.ones(size, dtype=torch.float64)
+        scale = torch.ones(self.widths[producer], dtype=torch.float64)
         scale[channels] = _numbers(len(channels))
         scale = scale.to(self.block_inputs[0].device)
         seen, calls = _Seen(), dict.fromkeys(self.watched, 0)
@@ -342,7 +426,7 @@ class _Probe:
             if same_shape and _close(x, before[at]):
                 in_turn.setdefault(name, []).append(None)
                 return before[at].clone()
-            if name not in self.linears:
+            if self.readable.get(name) != x.shape[-1] or not x.is_floating_point():
                 foreign.append(name)
                 return None
             rows = _match(x, before[at], scale) if same_shape else None
@@ -374,7 +458,7 @@ class _Probe:
         if changed is not None or seen.wrong:
             if foreign:
                 kind = type(self.block.get_submodule(foreign[0])).__name__
-                seen.problem = f"{foreign[0]}, a {kind} and no linear, reads {producer} too"
+                seen.problem = f"{foreign[0]}, a {kind}, reads {producer} too and cannot take a scale"
             elif seen.wrong:
                 seen.problem = f"{seen.wrong[0]} reads {producer}, but not channel by channel and in proportion"
             else:

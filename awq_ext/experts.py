@@ -1,0 +1,199 @@
+"""Experts of a mixture as linears of their own.
+
+transformers 5 keeps all experts of a layer in two tensors, ``gate_up_proj`` and ``down_proj``, while files on the hub,
+AutoAWQ and other readers have a linear for each: ``experts.7.gate_proj``, Mixtral's ``experts.7.w1``. `open_experts`
+turns the former into the latter, so that they can be quantized, saved under those names, and loaded from them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from awq_ext.names import experts_in_files
+
+ENOUGH = 2
+"""As many experts show all that the others of a layer can do: the same code runs each, see `shortened`."""
+
+
+class OpenedExperts(nn.Module):
+    """The experts of one layer, each a ModuleDict of linears: (gate,) up, down, under the names in ``names``.
+
+    Called as the fused module it stands for: hidden_states [tokens, width], top_k_index [tokens, k] (which experts),
+    top_k_weights [tokens, k] (times what); returns [tokens, width]. The sum over experts is taken in their order, in
+    the dtype of hidden_states.
+    """
+
+    act_fn: nn.Module
+    post_expert_norm: nn.Module
+
+    def __init__(self, fused: nn.Module, names: tuple[str, ...]) -> None:
+        super().__init__()
+        # All that the fused module's own rule for gate and up may want to know, such as limits and the activation.
+        vars(self).update({key: value for key, value in vars(fused).items() if not key.startswith("_")})
+        for name, child in fused.named_children():
+            self.add_module(name, child)
+        self.kind, self.names = type(fused), names
+        self.concatenated, transposed = getattr(fused, "is_concatenated", True), getattr(fused, "is_transposed", False)
+        down = fused.get_parameter("down_proj")
+        self.num_experts = len(down)
+        both = len(names) == 3
+        first = "gate_up_proj" if both else "up_proj"
+        for number in range(self.num_experts):
+            weight, bias = _rows(fused, first, number, transposed)
+            parts = [(weight, bias)]
+            if both:
+                cut = _halves if self.concatenated else _alternating
+                parts = list(zip(cut(weight), (None, None) if bias is None else cut(bias), strict=True))
+            parts.append(_rows(fused, "down_proj", number, transposed))
+            linears = {name: _linear(*part) for name, part in zip(names, parts, strict=True)}
+            self.add_module(str(number), nn.ModuleDict(linears))
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        output = torch.zeros_like(hidden_states)
+        index = top_k_index % self.num_experts  # which are fewer than the router's in a shortened copy only
+        for number in index.unique().tolist():
+            token, place = torch.where(index == number)
+            y = self._expert(number, hidden_states[token]) * top_k_weights[token, place, None]
+            output.index_add_(0, token, y.to(output.dtype))
+        return output
+
+    def _expert(self, number: int, x: Tensor) -> Tensor:
+        expert: Any = self.get_submodule(str(number))
+        *first, down = (expert[name] for name in self.names)
+        if len(first) == 1:
+            y = self.act_fn(first[0](x))
+        elif self.concatenated:
+            y = self._gated(torch.cat([linear(x) for linear in first], -1))
+        else:
+            y = self._gated(torch.stack([linear(x) for linear in first], -1).flatten(-2))
+        y = down(y)
+        return self.post_expert_norm(y) if getattr(self, "has_post_expert_norm", False) else y
+
+    def _gated(self, gate_up: Tensor) -> Tensor:
+        rule: Any = getattr(self.kind, "_apply_gate", None)
+        if rule is not None:
+            gated: Tensor = rule(self, gate_up)
+            return gated
+        gate, up = gate_up.chunk(2, -1)
+        return self.act_fn(gate) * up
+
+
+def _rows(fused: nn.Module, name: str, number: int, transposed: bool) -> tuple[Tensor, Tensor | None]:
+    """Weight [n, k] and bias [n] of one expert."""
+    weight, bias = fused.get_parameter(name)[number].detach(), getattr(fused, f"{name}_bias", None)
+    return weight.t() if transposed else weight, None if bias is None else bias[number].detach()
+
+
+def _halves(rows: Tensor) -> tuple[Tensor, Tensor]:
+    gate, up = rows.chunk(2)
+    return gate, up
+
+
+def _alternating(rows: Tensor) -> tuple[Tensor, Tensor]:
+    return rows[::2], rows[1::2]
+
+
+def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta", dtype=weight.dtype)
+    # Copies, so that the fused tensor can go.
+    linear.weight = nn.Parameter(weight.clone(memory_format=torch.contiguous_format))
+    if bias is not None:
+        linear.bias = nn.Parameter(bias.clone(memory_format=torch.contiguous_format))
+    return linear
+
+
+@torch.no_grad()
+def open_experts(model: nn.Module, stored: Collection[str] = ()) -> dict[str, str]:
+    """Replace all fused experts of a model by `OpenedExperts`, in place, but for those whose tensors are ``stored``.
+
+    ``stored``: names of tensors that a checkpoint has for this model. Every replacement is run beside what it
+    replaces on random tokens for each expert, and must give the same up to rounding. Without values to run on (meta
+    device) it takes a class that states its layout, as those with transformers' ``use_experts_implementation`` do.
+    Returns the reason for each module with weights of three dimensions that stays as it is, by name.
+    """
+    kept: dict[str, str] = {}
+    fused = [
+        (name, module)
+        for name, module in model.named_modules()
+        if any(weight.dim() == 3 for part, weight in module.named_parameters(recurse=False) if part != "weight")
+    ]
+    for name, module in fused:
+        own = {part: f"{name}.{part}" for part, _ in module.named_parameters(recurse=False)}
+        if stored and all(tensor in stored for tensor in own.values()):
+            continue
+        first = "gate_up_proj" if "gate_up_proj" in own else "up_proj"
+        known = {first, "down_proj", f"{first}_bias", "down_proj_bias"}
+        if not {first, "down_proj"} <= own.keys() <= known or next(module.buffers(recurse=False), None) is not None:
+            kept[name] = f"a {type(module).__name__} has weights {', '.join(own)}, of an unknown arrangement"
+            continue
+        reason = "it does not compute what gated linears of these weights do"
+        try:
+            opened = OpenedExperts(module, experts_in_files(model, name, gated=first == "gate_up_proj"))
+            same = _same(module, opened)
+        except Exception as error:  # whatever a class of any kind does on being called
+            same, reason = False, f"it cannot be tried ({type(error).__name__}: {error})"
+        if same:
+            model.set_submodule(name, opened.train(module.training))
+        else:
+            kept[name] = f"a {type(module).__name__} stays fused: {reason}"
+    return kept
+
+
+def _same(fused: nn.Module, opened: OpenedExperts) -> bool:
+    weight = fused.get_parameter("down_proj")
+    if weight.is_meta:
+        return hasattr(fused, "is_transposed")
+    count, generator = opened.num_experts, torch.Generator().manual_seed(0)
+    width = opened.get_submodule(f"0.{opened.names[0]}").get_parameter("weight").shape[1]
+    x = torch.randn(max(count, 8), width, generator=generator)
+    x[::2] *= 4  # limits on what is large have to show, too
+    index = torch.arange(2 * len(x)).remainder(count).view(-1, 2)
+    weights = torch.rand(len(x), 2, generator=generator)
+    arguments = x.to(weight), index.to(weight.device), weights.to(weight)
+    expected, got = fused(*arguments).float(), opened(*arguments).float()
+    # A few roundings to the dtype, and what sums in another order differ by in float32.
+    tolerance = 4 * torch.finfo(weight.dtype).eps + 1e-5
+    return bool((got - expected).norm() <= tolerance * expected.norm())
+
+
+# --- a few experts in place of all ----------------------------------------------------------------------------------
+
+
+@contextmanager
+def shortened(block: nn.Module) -> Iterator[None]:
+    """While open, every OpenedExperts of ``block`` has its first experts only, which take the tokens of all.
+
+    One code runs every expert of a layer, on the tokens that are routed to it: what holds of one, whatever its
+    weights and its tokens, holds of each. So a few show where scales can be folded, and no expert lacks a token.
+    """
+    left_out: list[tuple[OpenedExperts, dict[str, nn.Module]]] = []
+    for module in block.modules():
+        if isinstance(module, OpenedExperts):
+            numbers = [str(number) for number in range(ENOUGH, module.num_experts)]
+            left_out.append((module, {number: module.get_submodule(number) for number in numbers}))
+    for module, others in left_out:
+        for number in others:
+            delattr(module, number)
+        module.num_experts -= len(others)
+    try:
+        yield
+    finally:
+        for module, others in left_out:
+            for number, expert in others.items():
+                module.add_module(number, expert)
+            module.num_experts += len(others)
+
+
+def stand_ins(block: nn.Module) -> dict[str, str]:
+    """For each expert that a shortened block lacks, such as ``mlp.experts.5.``, the one that stands for it there."""
+    return {
+        f"{name}.{number}.": f"{name}.{number % ENOUGH}."
+        for name, module in block.named_modules()
+        if isinstance(module, OpenedExperts)
+        for number in range(ENOUGH, module.num_experts)
+    }
