@@ -288,7 +288,8 @@ def read_headers(path: Path, refuse: Refuse = stop) -> dict[str, TensorInfo]:
             if weight_map is not None and weight_map.get(name) != shard:
                 there = weight_map.get(name, "nowhere")
                 refuse(CheckpointError(f"{file}: holds {name}, which {INDEX} has in {there}"), shard, name)
-        info = tensors | info
+        for name, tensor in tensors.items():
+            info.setdefault(name, tensor)
         read.add(shard)
     for name, shard in (weight_map or {}).items():
         if shard in read and name not in info:

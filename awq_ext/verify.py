@@ -270,7 +270,8 @@ def _read_info(path: Path, notes: _Notes) -> dict[str, TensorInfo]:
     info: dict[str, TensorInfo] = {}
     for file in sorted(path.glob("*.safetensors")):
         with notes.catching(file.name):
-            info = read_header(file).tensors | info
+            for name, tensor in read_header(file).tensors.items():
+                info.setdefault(name, tensor)
     return info
 
 
