@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import pydoc_data.topics
-import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from numbers import Integral
 from pathlib import Path
 from typing import Any
 
+import greenlet
 import torch
 from torch import Tensor, nn
 
 from awq_ext.errors import CalibrationError
+from awq_ext.ranks import ALONE, Ranks, SlotSum, generator
 
 BUILTIN_TEXT = "builtin"
 """The source that needs no file: the language reference that every CPython carries."""
@@ -142,27 +144,39 @@ def _ids(source: Any) -> list[int] | None:
 
 
 class Statistics:
-    """Of the input x [tokens, k] of a linear: the mean of |x| [k] and the mean of x^T x [k, k], both float32."""
+    """Of the input x [tokens, k] of a linear: the mean of |x| [k] and the mean of x^T x [k, k], both float32.
 
-    def __init__(self) -> None:
-        self.tokens = 0
-        self._abs: Tensor | None = None
-        self._gram: Tensor | None = None
+    ``ranks``: the processes that take them together; None: this one alone.
+    """
 
-    def add(self, x: Tensor) -> None:
+    def __init__(self, ranks: Ranks | None = None) -> None:
+        self._sums = SlotSum(ranks or ALONE)
+
+    def add(self, x: Tensor, slot: int = 0) -> None:
+        """Count in the inputs [..., k] of a batch. Batches come in the order of their slots."""
         rows = x.detach().reshape(-1, x.shape[-1]).float()
-        self.tokens += len(rows)
-        if self._abs is None or self._gram is None:
-            self._abs, self._gram = rows.abs().sum(0), rows.T @ rows
+        if not len(rows):
+            return
+        sums = self._sums.of_slot(slot)
+        if sums is None:
+            tokens = torch.tensor(len(rows), dtype=torch.float64)
+            self._sums.begin([tokens, rows.abs().sum(0), rows.T @ rows])
         else:
-            self._abs += rows.abs().sum(0)
-            self._gram.addmm_(rows.T, rows)
+            sums[0] += len(rows)
+            sums[1] += rows.abs().sum(0)
+            sums[2].addmm_(rows.T, rows)
+
+    @property
+    def tokens(self) -> int:
+        """How many inputs there were. Asked for by all ranks together, after the last `add`, as is `result`."""
+        return 0 if self._sums.total is None else int(self._sums.total[0])
 
     def result(self, name: str) -> tuple[Tensor, Tensor]:
         """(x_mean, gram) on the CPU. Raises CalibrationError naming the linear if they are missing or not finite."""
-        if self._abs is None or self._gram is None or self.tokens == 0:
+        if self._sums.total is None:
             raise CalibrationError(f"{name} got no calibration token")
-        x_mean, gram = self._abs.cpu() / self.tokens, self._gram.cpu() / self.tokens
+        tokens, total, products = self._sums.total
+        x_mean, gram = total / int(tokens), products / int(tokens)
         if not (torch.isfinite(x_mean).all() and torch.isfinite(gram).all()):
             raise CalibrationError(
                 f"the input of {name} is not finite on the calibration data: the model overflows there in "
@@ -171,23 +185,11 @@ class Statistics:
         return x_mean, gram
 
 
-@contextmanager
-def watching(readers: Mapping[str, nn.Module]) -> Iterator[dict[str, Statistics]]:
-    """Statistics of the inputs of these modules while the context is open."""
-    statistics = {name: Statistics() for name in readers}
-    hooks = [
-        module.register_forward_pre_hook(lambda _, args, s=statistics[name]: s.add(args[0]))
-        for name, module in readers.items()
-    ]
-    try:
-        yield statistics
-    finally:
-        for hook in hooks:
-            hook.remove()
+BATCH = 4
+"""Rows that are run together, if they are of one length."""
 
-
-SENSITIVITY_SAMPLES = 8
-"""Windows that `BlockInputs.sensitivity` looks at: an average over thousands of tokens has long settled."""
+SENSITIVITY_TOKENS = 4096
+"""The first batches with so many tokens show how sensitive a block is: an average over them has long settled."""
 
 
 class _Stop(Exception):
@@ -195,63 +197,177 @@ class _Stop(Exception):
 
 
 class BlockInputs:
-    """The hidden states in front of one block, for all calibration windows, moved on block by block.
+    """The hidden states in front of one block, for all calibration rows, moved on block by block.
 
-    ``hidden`` is [samples, seq_len, width] in float32; ``arguments`` are, for every block, the others that the model
-    calls it with (masks, rotary embeddings: the same for every batch of windows, since all are full and of one length).
+    ``hidden`` are those of the original model, batch by batch, float32 [rows, length, width]: neighbouring rows of one
+    length, at most ``batch``. A row is run at its own length, so there is no padding and no mask for it. ``quantized``
+    are those of the quantized model, for who moves them on, too. With several ranks, each has its own batches only.
     """
 
-    def __init__(self, model: nn.Module, blocks: Sequence[nn.Module], ids: Tensor, batch: int = 4) -> None:
-        self.batch = next(size for size in range(min(batch, len(ids)), 0, -1) if len(ids) % size == 0)
-        device = next(model.parameters()).device
-        self.arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-        states: list[Tensor] = []
-        accepted = inspect.signature(model.forward).parameters.values()
-        knows_cache = any(p.name == "use_cache" or p.kind is p.VAR_KEYWORD for p in accepted)
-        options = {"use_cache": False} if knows_cache else {}
+    def __init__(
+        self,
+        model: nn.Module,
+        blocks: Sequence[nn.Module],
+        rows: Sequence[Tensor] | Tensor,
+        batch: int = BATCH,
+        ranks: Ranks | None = None,
+    ) -> None:
+        """``rows``: token ids, int64 [length] each. Parts of the model behind the blocks are not run."""
+        self.ranks = ranks or ALONE
+        batches = [torch.stack(rows_) for rows_ in _batches(rows, batch)]
+        self.places = self.ranks.batches(len(batches))
+        """Number and slot of each batch here."""
+        tokens_before = itertools.accumulate((ids.numel() for ids in batches), initial=0)
+        self._sensitive = {i for i, before in enumerate(tokens_before) if before < SENSITIVITY_TOKENS}
+        self._sensitive_tokens = sum(ids.numel() for i, ids in enumerate(batches) if i in self._sensitive)
+        self._arguments: dict[torch.Size, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
+        self.hidden = self._capture(model, blocks, [batches[i] for i, _ in self.places])
+        self.quantized = list(self.hidden)
 
-        def see(index: int) -> Any:
-            def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _capture(self, model: nn.Module, blocks: Sequence[nn.Module], batches: Sequence[Tensor]) -> list[Tensor]:
+        """What the first block is called with, and the other arguments of all blocks, by the shape of the batch.
+
+        Those (masks, rotary embeddings) have to be the same for every batch of that shape. Behind the first block the
+        hidden states are handed through as they are; what a block returns beside them is what the first one does.
+        """
+        states: list[Tensor] = []
+        seen: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        beside: tuple[Any, ...] | None = None
+        as_float = _AsFloat()
+
+        def stand_in(index: int, forward: Any) -> Any:
+            def run(*args: Any, **kwargs: Any) -> Any:
+                nonlocal beside
                 hidden = args[0] if args else kwargs["hidden_states"]
                 if index == 0:
                     states.append(hidden.float())
-                if len(self.arguments) == index:
-                    others = {k: _as_float(v) for k, v in kwargs.items() if k != "hidden_states"}
-                    others.update({k: None for k in others if k in ("past_key_values", "past_key_value")})
-                    self.arguments.append((tuple(_as_float(a) for a in args[1:]), others))
-                if index == len(blocks) - 1 or len(self.arguments) == len(blocks):
+                    if known:
+                        raise _Stop
+                    if len(states) == 1:
+                        output = forward(*args, **kwargs)
+                        beside = output[1:] if isinstance(output, tuple) else None
+                others = {key: as_float(value) for key, value in kwargs.items() if key != "hidden_states"}
+                others.update({key: None for key in others if key in ("past_key_values", "past_key_value")})
+                seen.append((tuple(as_float(value) for value in args[1:]), others))
+                if index == len(blocks) - 1:
                     raise _Stop
+                return hidden if beside is None else (hidden, *beside)
+
+            return run
+
+        accepted = inspect.signature(model.forward).parameters.values()
+        knows_cache = any(p.name == "use_cache" or p.kind is p.VAR_KEYWORD for p in accepted)
+        options = {"use_cache": False} if knows_cache else {}
+        device = next(model.parameters()).device
+        with ExitStack() as restored:
+            for index, block in enumerate(blocks):
+                restored.enter_context(_forward_replaced(block, stand_in(index, block.forward)))
+            for ids in batches:
+                known = ids.shape in self._arguments
+                seen = []
+                with suppress(_Stop):
+                    model(ids.to(device), **options)
+                if not known and len(seen) != len(blocks):
+                    raise CalibrationError(
+                        f"the model called {len(seen)} of its {len(blocks)} blocks on the calibration data"
+                    )
+                self._arguments.setdefault(ids.shape, seen)
+        return states
+
+    def example(self, index: int) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
+        """What the block is called with for the first batch: hidden states, other arguments, those by name."""
+        return (self.hidden[0], *self._arguments[self.hidden[0].shape[:2]][index])
+
+    def _call(self, index: int, block: nn.Module, hidden: Tensor) -> Tensor:
+        args, kwargs = self._arguments[hidden.shape[:2]][index]
+        out = block(hidden, *args, **kwargs)
+        return out[0] if isinstance(out, tuple) else out
+
+    def _run(self, index: int, block: nn.Module, at: int) -> Tensor:
+        """The output of the original's block for one batch: of the sensitive ones, with its graph.
+
+        It is always made for these, whether used or not, because the last bits may depend on it.
+        """
+        sensitive = self.places[at][0] in self._sensitive
+        with torch.set_grad_enabled(sensitive):
+            return self._call(index, block, self.hidden[at].detach().requires_grad_(sensitive))
+
+    def advance(self, index: int, block: nn.Module) -> None:
+        """Move the original model's hidden states on through its block."""
+        for at in range(len(self.hidden)):
+            self.hidden[at] = self._run(index, block, at).detach()
+
+    def advance_quantized(self, index: int, block: nn.Module) -> None:
+        """Move the quantized model's hidden states on through its block."""
+        for at, hidden in enumerate(self.quantized):
+            self.quantized[at] = self._call(index, block, hidden)
+
+    def collect(
+        self,
+        index: int,
+        block: nn.Module,
+        watched: Mapping[str, nn.Module],
+        linears: Mapping[str, nn.Linear] | None = None,
+        seed: int = 0,
+    ) -> tuple[dict[str, Statistics], dict[str, Tensor]]:
+        """Move the original model's hidden states on through its block, and look at what happens in it.
+
+        Returns the statistics of what each of the modules ``watched`` reads, and for each of ``linears`` how much an
+        error in each of its output channels moves the block's output: float32 [n], zeros if no token reached it.
+
+        The latter is the diagonal of J^T J, J the derivative of the block's output by the linear's, averaged over
+        tokens: the squared gradient of a random-sign projection of the output has that expectation (Hutchinson's
+        estimator). So a search that weighs rows by it minimises the error of the block and not of its linears one by
+        one. The signs depend on ``seed``, the block and the batch.
+        """
+        statistics = {name: Statistics(self.ranks) for name in watched}
+        squares = {name: SlotSum(self.ranks) for name in linears or ()}
+        slot = 0
+
+        def watch(name: str) -> Any:
+            def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
+                statistics[name].add(args[0], slot)
 
             return hook
 
-        hooks = [block.register_forward_pre_hook(see(i), with_kwargs=True) for i, block in enumerate(blocks)]
-        try:
-            for rows in ids.split(self.batch):
-                try:
-                    model(rows.to(device), **options)
-                except _Stop:
-                    continue
-        finally:
-            for hook in hooks:
-                hook.remove()
-        if len(self.arguments) != len(blocks):
-            raise CalibrationError(
-                f"the model called {len(self.arguments)} of its {len(blocks)} blocks on the calibration data"
-            )
-        self.hidden = torch.cat(states)
-        self.quantized = torch.empty(0)
-        """The hidden states in front of the same block of the quantized model, for who moves them on, too."""
+        def differentiate(name: str) -> Any:
+            def add(gradient: Tensor) -> None:
+                square = gradient.detach().reshape(-1, gradient.shape[-1]).square().sum(0)
+                sums = squares[name].of_slot(slot)
+                if sums is None:
+                    squares[name].begin([square])
+                else:
+                    sums[0] += square
 
-    def run(self, index: int, block: nn.Module, hidden: Tensor | None = None) -> Tensor:
-        """The block's output for all windows; hidden: its inputs, None: those of the original model."""
-        hidden = self.hidden if hidden is None else hidden
-        return torch.cat([self._call(index, block, rows) for rows in hidden.split(self.batch)])
+            def hook(_: nn.Module, __: Any, output: Tensor) -> None:
+                if output.requires_grad:
+                    output.register_hook(add)
 
-    def stages(self, index: int, block: nn.Module, linears: Mapping[str, nn.Module]) -> list[list[list[str]]]:
-        """The names of the linears in the order in which the block calls them.
+            return hook
 
-        Linears that read the same tensor are one list. Lists whose first names differ in their numbers only (the
-        experts of a mixture) are one stage, as are those that the block did not call on the windows looked at.
+        with ExitStack() as hooks:
+            for name, module in watched.items():
+                hooks.callback(module.register_forward_pre_hook(watch(name)).remove)
+            for name, linear in (linears or {}).items():
+                hooks.callback(linear.register_forward_hook(differentiate(name)).remove)
+            for at, (number, slot) in enumerate(self.places):  # noqa: B007 (the hooks read slot)
+                output = self._run(index, block, at)
+                if output.requires_grad and linears:
+                    signs = torch.randint(0, 2, output.shape, generator=generator(seed, index, number))
+                    output.backward(signs.to(output) * 2 - 1)
+                self.hidden[at] = output.detach()
+        sensitivity = {}
+        for name, linear in (linears or {}).items():
+            total = squares[name].total
+            mean = torch.zeros(linear.out_features) if total is None else total[0] / self._sensitive_tokens
+            sensitivity[name] = mean
+        return statistics, sensitivity
+
+    def reading_order(self, index: int, block: nn.Module, linears: Mapping[str, nn.Module]) -> list[list[str]]:
+        """The names of the linears in the order in which the block calls them, those that read the same in one list.
+
+        Looked at on the first batch. Linears that are not called there (experts that get no token) come behind the one
+        that is in front of them in ``linears``.
         """
         calls: list[tuple[Tensor, list[str]]] = []  # the tensor is kept, so that no other one can take its place
 
@@ -267,93 +383,115 @@ class BlockInputs:
 
             return hook
 
-        hooks = [linear.register_forward_pre_hook(watch(name)) for name, linear in linears.items()]
-        try:
-            self._call(index, block, self.quantized[: self.batch])
-        finally:
-            for hook in hooks:
-                hook.remove()
-        stages: dict[str, list[list[str]]] = {}
-        for _, names in calls:
-            stages.setdefault(re.sub(r"\d+", "#", names[0]), []).append(names)
-        called = {name for _, names in calls for name in names}
-        missed = [[name] for name in linears if name not in called]
-        return [*stages.values(), missed] if missed else list(stages.values())
+        with ExitStack() as hooks:
+            for name, linear in linears.items():
+                hooks.callback(linear.register_forward_pre_hook(watch(name)).remove)
+            self._call(index, block, self.hidden[0])
+        order = [names for _, names in calls]
+        before = -1
+        for name in linears:
+            place = next((i for i, names in enumerate(order) if name in names), None)
+            if place is None:
+                order.insert(before + 1, [name])
+            before = before + 1 if place is None else place
+        return order
 
-    def quantized_statistics(
-        self, index: int, block: nn.Module, readers: Mapping[str, nn.Module]
-    ) -> dict[str, Statistics]:
-        """What these modules read in the quantized model; the block is run no further than to the last of them."""
-        waiting: set[str] = set()
+    def quantize_in_turn(
+        self,
+        index: int,
+        block: nn.Module,
+        linears: Mapping[str, nn.Module],
+        order: Sequence[Sequence[str]],
+        quantize: Callable[[Sequence[str], Statistics], Mapping[str, nn.Module]],
+    ) -> dict[str, nn.Module]:
+        """Move the quantized model's hidden states on through its block, while its linears are quantized one by one.
 
-        def stop_after(name: str) -> Any:
-            def hook(_: nn.Module, __: tuple[Any, ...]) -> None:
-                waiting.discard(name)
-                if not waiting:
-                    raise _Stop
+        ``quantize(names, statistics)`` returns what stands in for the linears ``names``, which are one list of
+        ``order``, given the statistics of what they read when all that is called before them is quantized. Returns
+        what it returned for all of them. It is not called for linears that no token reaches.
 
-            return hook
-
-        with watching(readers) as statistics:
-            hooks = [module.register_forward_pre_hook(stop_after(name)) for name, module in readers.items()]
-            try:
-                for rows in self.quantized.split(self.batch):
-                    waiting.update(readers)
-                    try:
-                        self._call(index, block, rows)
-                    except _Stop:
-                        continue
-            finally:
-                for hook in hooks:
-                    hook.remove()
-        return statistics
-
-    def _call(self, index: int, block: nn.Module, rows: Tensor) -> Tensor:
-        args, kwargs = self.arguments[index]
-        out = block(rows, *args, **kwargs)
-        return out[0] if isinstance(out, tuple) else out
-
-    def sensitivity(
-        self, index: int, block: nn.Module, linears: Mapping[str, nn.Module], generator: torch.Generator
-    ) -> dict[str, Tensor]:
-        """How much an error in each output channel of each linear moves the block's output: float32 [n] each.
-
-        It is the diagonal of J^T J, J the derivative of the block's output by the linear's, averaged over tokens:
-        the squared gradient of a random-sign projection of the output has that expectation (Hutchinson's estimator).
-        So a search that weighs rows by it minimises the error of the block and not of its linears one by one.
+        Every batch runs the block once, as a coroutine (greenlet) that stops at each linear until that is quantized.
+        Of the linears at which batches wait, the one that comes first in ``order`` is taken. A batch that comes to a
+        linear later than that is not in its statistics, but still gets its result.
         """
-        total: dict[str, Tensor] = {}
+        turn = {name: i for i, names in enumerate(order) for name in names}
+        done: dict[str, nn.Module] = {}
+        waiting: dict[int, tuple[int, Tensor]] = {}  # at: turn, what the linear is to read
+        here = greenlet.getcurrent()
 
-        def watch(name: str) -> Any:
-            def hook(_: nn.Module, __: Any, output: Tensor) -> None:
-                def add(gradient: Tensor) -> None:
-                    square = gradient.detach().reshape(-1, gradient.shape[-1]).square().sum(0)
-                    total[name] = total[name] + square if name in total else square
+        def stand_in(name: str) -> Any:
+            def run(input: Tensor) -> Tensor:
+                if name not in done:
+                    here.switch(name, input)
+                output: Tensor = done[name](input)
+                return output
 
-                output.register_hook(add)
+            return run
 
-            return hook
+        def proceed(at: int, run: greenlet.greenlet, *args: Any) -> None:
+            reached = run.switch(*args)
+            if run.dead:
+                self.quantized[at] = reached
+            else:
+                name, read = reached
+                waiting[at] = turn[name], read
 
-        hooks = [linear.register_forward_hook(watch(name)) for name, linear in linears.items()]
-        windows = self.hidden[:SENSITIVITY_SAMPLES]
-        try:
-            with torch.enable_grad():
-                for rows in windows.split(self.batch):
-                    out = self._call(index, block, rows.detach().clone().requires_grad_(True))
-                    signs = torch.randint(0, 2, out.shape, generator=generator).to(out) * 2 - 1
-                    out.backward(signs)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        return {name: square / windows[..., 0].numel() for name, square in total.items()}
+        with ExitStack() as restored:
+            for name, linear in linears.items():
+                restored.enter_context(_forward_replaced(linear, stand_in(name)))
+            runs = [greenlet.greenlet(self._call) for _ in self.quantized]
+            for at, run in enumerate(runs):
+                proceed(at, run, index, block, self.quantized[at])
+            while True:
+                first = self.ranks.least(min((t for t, _ in waiting.values()), default=len(order)))
+                if first == len(order):
+                    return done
+                statistics = Statistics(self.ranks)
+                ready = [at for at in sorted(waiting) if waiting[at][0] == first]
+                for at in ready:
+                    statistics.add(waiting[at][1], self.places[at][1])
+                done.update(quantize(order[first], statistics))
+                for at in ready:
+                    del waiting[at]
+                    proceed(at, runs[at])
 
 
-def _as_float(value: Any) -> Any:
-    """Half-precision tensors as float32, inside tuples and dicts too: blocks are run in float32."""
-    if isinstance(value, Tensor):
-        return value.float() if value.is_floating_point() else value
-    if isinstance(value, tuple):
-        return tuple(_as_float(item) for item in value)
-    if isinstance(value, dict):
-        return {key: _as_float(item) for key, item in value.items()}
-    return value
+@contextmanager
+def _forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """The module computes something else; its hooks stay. A forward of its own (accelerate's) is put back."""
+    own = vars(module).get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward
+        if own is not None:
+            module.forward = own
+
+
+def _batches(rows: Iterable[Tensor], most: int) -> Iterator[list[Tensor]]:
+    for _, alike in itertools.groupby(rows, len):
+        same = iter(alike)
+        while batch := list(itertools.islice(same, most)):
+            yield batch
+
+
+class _AsFloat:
+    """Half-precision tensors as float32, inside tuples and dicts too: blocks are run in float32.
+
+    A tensor that comes several times, as a mask does for all blocks, is converted once.
+    """
+
+    def __init__(self) -> None:
+        self._seen: dict[int, tuple[Tensor, Tensor]] = {}  # with the original, so that its id stays its own
+
+    def __call__(self, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            if not value.is_floating_point() or value.dtype == torch.float32:
+                return value
+            return self._seen.setdefault(id(value), (value, value.float()))[1]
+        if isinstance(value, tuple):
+            return tuple(self(item) for item in value)
+        if isinstance(value, dict):
+            return {key: self(item) for key, item in value.items()}
+        return value

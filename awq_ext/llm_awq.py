@@ -301,15 +301,14 @@ def _refuse_changes(source: str, model: nn.Module, blocks: str, folds: Sequence[
             for fold in folds
             if fold.producer.startswith(prefix)
         ]
-        args, kwargs = inputs.arguments[index]
-        for fold, reason in zip(local, prove(block, local, (inputs.hidden, args, kwargs)), strict=True):
+        for fold, reason in zip(local, prove(block, local, inputs.example(index)), strict=True):
             if reason is not None:
                 raise CheckpointError(
                     f"{source} does not fit the model, which is left as it was:\n"
                     f"  the scale from {prefix}{fold.producer} to {', '.join(fold.readers)}: in this model these are "
                     f"not all who read that module's output, or not the only ones ({reason})"
                 )
-        inputs.hidden = inputs.run(index, copy.deepcopy(block).float())
+        inputs.advance(index, copy.deepcopy(block).float())
 
 
 _IN_BLOCK = re.compile(r"(.+?)\.(\d{1,6})\.(.+)")  # list of blocks, number, name in the block

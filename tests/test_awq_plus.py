@@ -10,21 +10,19 @@ from test_quantizer import VARIANTS, ids, logits, run, small_model
 from torch import nn
 
 from awq_ext import AwqLinear, ops
-from awq_ext.calibrate import BlockInputs
+from awq_ext.calibrate import BlockInputs, Statistics
 
 READERS = [
-    [["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]],
-    [["self_attn.o_proj"]],
-    [["mlp.gate_proj", "mlp.up_proj"]],
-    [["mlp.down_proj"]],
+    ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+    ["self_attn.o_proj"],
+    ["mlp.gate_proj", "mlp.up_proj"],
+    ["mlp.down_proj"],
 ]
 
 
 def inputs_of(model: nn.Module) -> BlockInputs:
     with torch.no_grad():
-        inputs = BlockInputs(model, list(model.model.layers), ids())
-    inputs.quantized = inputs.hidden
-    return inputs
+        return BlockInputs(model, list(model.model.layers), ids())
 
 
 def linears_of(block: nn.Module) -> dict[str, nn.Module]:
@@ -77,34 +75,117 @@ def test_linears_are_taken_in_the_order_of_the_block() -> None:
     linears = linears_of(block)
     backwards = dict(reversed(linears.items()))
     with torch.no_grad():
-        assert inputs_of(model).stages(0, block, backwards) == READERS
+        assert inputs_of(model).reading_order(0, block, backwards) == READERS
 
 
 class Mixture(nn.Module):
-    """Two experts of two linears each, of which the second gets no token."""
+    """Three experts of two linears, the first two and the last one for tokens whose first channel is large enough,
+    and a product of two branches, one of which is called before the experts and used after them."""
 
     def __init__(self) -> None:
         super().__init__()
+        self.gate = nn.Linear(8, 8)
         self.experts = nn.ModuleList(nn.ModuleDict({"up": nn.Linear(8, 8), "down": nn.Linear(8, 8)}) for _ in range(3))
+        self.out = nn.Linear(8, 8)
 
     def forward(self, x: torch.Tensor, **_: object) -> torch.Tensor:
-        for expert in (self.experts[0], self.experts[2]):
-            x = x + expert["down"](expert["up"](x).relu())
-        return x
+        gate = self.gate(x)
+        for at_least, expert in zip((-1.0, 1e9, 0.5), self.experts, strict=True):
+            row, token = torch.where(x[..., 0] > at_least)
+            if len(row):
+                y = expert["down"](expert["up"](x[row, token]).relu())
+                x = x.index_put((row, token), y, accumulate=True)
+        return self.out(gate.sigmoid() * x) + x
 
 
-def test_experts_are_one_stage_and_those_without_tokens_come_last() -> None:
-    inputs = inputs_of(small_model("llama"))
-    inputs.quantized = torch.randn(2, 3, 8)
+def mixture_inputs(*lengths: int) -> BlockInputs:
+    model = small_model("llama")
+    with torch.no_grad():
+        inputs = BlockInputs(model, list(model.model.layers), [ids()[0, :length] for length in lengths])
+    generator = torch.Generator().manual_seed(0)
+    inputs.quantized = [torch.randn(*hidden.shape[:2], 8, generator=generator) for hidden in inputs.hidden]
+    inputs.hidden = [inputs.quantized[0][:, :, :] - 10.0]  # in the first batch no token is for any expert
+    return inputs
+
+
+ORDER = [
+    ["gate"],
+    ["out"],
+    ["experts.0.up"],
+    ["experts.0.down"],
+    ["experts.1.up"],
+    ["experts.1.down"],
+    ["experts.2.up"],
+    ["experts.2.down"],
+]
+
+
+@torch.no_grad()
+def test_experts_without_tokens_have_a_place_in_the_order() -> None:
     mixture = Mixture()
     linears = linears_of(mixture)
-    with torch.no_grad():
-        assert inputs.stages(0, mixture, linears) == [
-            [["experts.0.up"], ["experts.2.up"]],
-            [["experts.0.down"], ["experts.2.down"]],
-            [["experts.1.up"], ["experts.1.down"]],
-        ]
-        assert inputs.quantized_statistics(0, mixture, {"up": mixture.experts[1]["up"]})["up"].tokens == 0
+    assert mixture_inputs(5).reading_order(0, mixture, linears) == ORDER[:1] + ORDER[2:] + ORDER[1:2]
+
+
+@pytest.mark.parametrize("order", [ORDER, ORDER[:1] + ORDER[2:] + ORDER[1:2]])
+@torch.no_grad()
+def test_every_batch_runs_the_block_once_and_waits_for_each_linear(order: list[list[str]]) -> None:
+    """Also where batches call different experts. Order only decides who waits for whom; statistics are complete if it
+    is the block's own."""
+    torch.manual_seed(0)
+    mixture = Mixture()
+    linears = linears_of(mixture)
+    inputs = mixture_inputs(1, 2, 3, 4, 5, 6)
+    before = [x.clone() for x in inputs.quantized]
+    stand_ins = {name: nn.Linear(8, 8) for name in linears}
+    calls = dict.fromkeys(linears, 0)
+    seen: dict[str, object] = {}
+
+    def count(name: str) -> object:
+        def hook(*_: object) -> None:
+            calls[name] += 1
+
+        return hook
+
+    for name, stand_in in stand_ins.items():
+        stand_in.register_forward_hook(count(name))
+
+    def quantize(names: list[str], statistics: Statistics) -> dict[str, nn.Module]:
+        seen[names[0]] = statistics.result(names[0])[1], statistics.tokens
+        return {name: stand_ins[name] for name in names}
+
+    done = inputs.quantize_in_turn(0, mixture, linears, order, quantize)
+    assert done.keys() == seen.keys() == linears.keys() - {"experts.1.up", "experts.1.down"}
+    assert all("forward" not in vars(linear) for linear in linears.values())
+    assert calls["gate"] == len(before) and calls["experts.2.up"] < len(before)
+    for name in done:
+        mixture.set_submodule(name, stand_ins[name])
+    read: dict[str, list[torch.Tensor]] = {name: [] for name in done}
+    for name in done:
+        stand_ins[name].register_forward_pre_hook(lambda _, args, name=name: read[name].append(args[0].reshape(-1, 8)))
+    for x, after in zip(before, inputs.quantized, strict=True):
+        assert torch.equal(mixture(x), after)
+    if order is not ORDER:
+        for name, (gram, tokens) in seen.items():
+            x = torch.cat(read[name])
+            assert tokens == len(x)
+            torch.testing.assert_close(gram, x.T @ x / len(x))
+
+
+@torch.no_grad()
+def test_an_error_in_the_middle_leaves_the_block_as_it_was() -> None:
+    mixture = Mixture()
+    linears = linears_of(mixture)
+
+    def fail(names: list[str], statistics: Statistics) -> dict[str, nn.Module]:
+        raise RuntimeError("in the middle")
+
+    inputs = mixture_inputs(3, 4)
+    x = inputs.quantized[0].clone()
+    want = mixture(x)
+    with pytest.raises(RuntimeError, match="in the middle"):
+        inputs.quantize_in_turn(0, mixture, linears, ORDER, fail)
+    assert torch.equal(mixture(x), want)
 
 
 def test_each_linear_is_rounded_for_the_inputs_that_the_quantized_model_gives_it(
@@ -120,7 +201,7 @@ def test_each_linear_is_rounded_for_the_inputs_that_the_quantized_model_gives_it
 
     monkeypatch.setattr(ops, "quantize_compensated", watch)
     run(model, method="gptq")
-    order = [name for stage in READERS for names in stage for name in names]
+    order = [name for names in READERS for name in names]
     seen: dict[str, list[torch.Tensor]] = {}
     for layer, block in enumerate(model.model.layers):
         for name in order:

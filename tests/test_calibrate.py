@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from awq_ext.calibrate import BlockInputs, Statistics, builtin_text, load_text, watching, windows
+from awq_ext.calibrate import BlockInputs, Statistics, builtin_text, load_text, windows
 from awq_ext.errors import CalibrationError
 
 
@@ -268,9 +268,6 @@ def test_statistics_equal_their_definition(dtype: torch.dtype) -> None:
     assert x_mean.dtype == gram.dtype == torch.float32 and x_mean.shape == (24,) and gram.shape == (24, 24)
     torch.testing.assert_close(x_mean.double(), x.abs().mean(0), rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(gram.double(), x.t() @ x / len(x), rtol=1e-5, atol=1e-6)
-    before = x_mean.clone()
-    statistics.add(parts[0])
-    assert torch.equal(x_mean, before)  # a result is not changed by what comes later
 
 
 def test_statistics_of_half_precision_do_not_overflow() -> None:
@@ -300,21 +297,6 @@ def test_statistics_keep_no_graph() -> None:
     x = torch.randn(4, 8, requires_grad=True)
     statistics.add(x * 2)
     assert not any(t.requires_grad for t in statistics.result("name"))
-
-
-def test_watching_sees_inputs_only_while_it_is_open() -> None:
-    model = nn.ModuleDict({"a": nn.Linear(8, 4), "b": nn.Linear(4, 2)})
-    x = torch.randn(5, 8)
-    with watching(model) as statistics:
-        model["b"](model["a"](x))
-        model["b"](model["a"](x))
-    model["a"](x)
-    assert {name: s.tokens for name, s in statistics.items()} == {"a": 10, "b": 10}
-    torch.testing.assert_close(statistics["a"].result("a")[0], x.abs().mean(0))
-    torch.testing.assert_close(statistics["b"].result("b")[0], model["a"](x).abs().mean(0).detach())
-    with pytest.raises(KeyError), watching(model):
-        raise KeyError
-    assert all(not module._forward_pre_hooks for module in model.values())
 
 
 # --- hidden states, block by block ----------------------------------------------------------------------------------
@@ -372,24 +354,44 @@ def hidden_states(model: Any, ids: Tensor) -> list[Tensor]:
     return states
 
 
+def rows_of(*lengths: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(0, 100, (length,), generator=generator) for length in lengths]
+
+
 @pytest.mark.parametrize("make", [llama, gemma])
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-@pytest.mark.parametrize("samples", [1, 5, 6])  # batches of 1, of 1 (5 has no divisor up to 4), of 3
+@pytest.mark.parametrize("lengths", [(24,), (24,) * 6, (24, 24, 7, 1, 1, 24)])
 @torch.no_grad()
 def test_blocks_run_one_by_one_give_the_models_hidden_states(
-    make: Callable[..., nn.Module], attention: str, samples: int
+    make: Callable[..., nn.Module], attention: str, lengths: tuple[int, ...]
 ) -> None:
+    """Each row by itself, however long it is: neither its neighbours nor padding change it."""
     model: Any = make(attn_implementation=attention)
-    ids = torch.randint(0, 100, (samples, SEQ_LEN), generator=torch.Generator().manual_seed(1))
-    want = hidden_states(model, ids)
-    inputs = BlockInputs(model, list(model.model.layers), ids)
-    assert samples % inputs.batch == 0
-    assert inputs.hidden.dtype == torch.float32 and inputs.hidden.shape == (samples, SEQ_LEN, 32)
+    rows = rows_of(*lengths)
+    want = [hidden_states(model, row[None]) for row in rows]
+    inputs = BlockInputs(model, list(model.model.layers), rows)
+
+    def check(index: int) -> None:
+        assert all(hidden.dtype == torch.float32 for hidden in inputs.hidden)
+        got = [row for batch in inputs.hidden for row in batch]
+        for row, states in zip(got, want, strict=True):
+            torch.testing.assert_close(row, states[index][0], rtol=1e-5, atol=1e-5)
+
     for index, block in enumerate(model.model.layers):
-        torch.testing.assert_close(inputs.hidden, want[index], rtol=1e-5, atol=1e-5)
-        inputs.hidden = inputs.run(index, block)
-    torch.testing.assert_close(inputs.hidden, want[-1], rtol=1e-5, atol=1e-5)
+        check(index)
+        inputs.advance(index, block)
+    check(-1)
     assert all(not m._forward_pre_hooks and not m._forward_hooks for m in model.modules())
+    assert all("forward" not in vars(m) for m in model.modules())
+
+
+@torch.no_grad()
+def test_batches_are_neighbours_of_one_length() -> None:
+    model: Any = llama()
+    inputs = BlockInputs(model, list(model.model.layers), rows_of(9, 9, 9, 9, 9, 5, 9))
+    assert [hidden.shape[:2] for hidden in inputs.hidden] == [(4, 9), (1, 9), (1, 5), (1, 9)]
+    assert [number for number, _ in inputs.places] == [0, 1, 2, 3]
 
 
 @torch.no_grad()
@@ -399,8 +401,8 @@ def test_the_sliding_window_matters_in_the_test_above() -> None:
     model: Any = gemma()
     narrow = hidden_states(model, ids)
     inputs = BlockInputs(model, list(model.model.layers), ids)
-    swapped = inputs.run(1, model.model.layers[0])  # the first block under the second block's mask and rotation
-    assert (swapped - narrow[1]).abs().max() > 1e-3
+    inputs.advance(1, model.model.layers[0])  # the first block under the second block's mask and rotation
+    assert (inputs.hidden[0] - narrow[1]).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("make", [llama, gemma])
@@ -412,13 +414,14 @@ def test_half_precision_models_are_run_in_float32(make: Callable[..., nn.Module]
     model: Any = make().to(dtype)
     ids = torch.randint(0, 100, (4, SEQ_LEN), generator=torch.Generator().manual_seed(1))
     inputs = BlockInputs(model, list(model.model.layers), ids)
-    assert inputs.hidden.dtype == torch.float32
+    assert inputs.hidden[0].dtype == torch.float32
     want = hidden_states(model.float(), ids)
     unit = torch.finfo(dtype).eps
     for index, block in enumerate(model.model.layers):
-        inputs.hidden = inputs.run(index, block)
-        assert inputs.hidden.dtype == torch.float32
-        error = (inputs.hidden - want[index + 1]).square().mean().sqrt() / want[index + 1].square().mean().sqrt()
+        inputs.advance(index, block)
+        (hidden,) = inputs.hidden
+        assert hidden.dtype == torch.float32
+        error = (hidden - want[index + 1]).square().mean().sqrt() / want[index + 1].square().mean().sqrt()
         assert error < 2 * unit
 
 
@@ -429,9 +432,35 @@ def test_blocks_see_no_cache_and_the_model_is_left_as_it_was() -> None:
     ids = torch.randint(0, 100, (4, SEQ_LEN))
     state = {name: value.clone() for name, value in model.state_dict().items()}
     inputs = BlockInputs(model, list(model.model.layers), ids)
-    first = inputs.run(0, model.model.layers[0])
-    assert torch.equal(inputs.run(0, model.model.layers[0]), first)  # a cache would have grown
+    inputs.advance(0, model.model.layers[0])
+    inputs.advance_quantized(0, model.model.layers[0])
+    assert torch.equal(inputs.quantized[0], inputs.hidden[0])  # a cache would have grown
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+@torch.no_grad()
+def test_statistics_are_of_all_rows_and_need_no_second_run() -> None:
+    model: Any = llama()
+    block = model.model.layers[0]
+    rows = rows_of(24, 24, 24, 24, 24, 7)
+    seen: list[Tensor] = []
+    handle = block.mlp.down_proj.register_forward_pre_hook(lambda _, args: seen.append(args[0].flatten(0, -2)))
+    for row in rows:
+        hidden_states(model, row[None])
+    handle.remove()
+    inputs = BlockInputs(model, list(model.model.layers), rows)
+    once = BlockInputs(model, list(model.model.layers), rows)
+    once.advance(0, block)
+    statistics, sensitivity = inputs.collect(0, block, {"down": block.mlp.down_proj}, {"up": block.mlp.up_proj})
+    x = torch.cat(seen)
+    x_mean, gram = statistics["down"].result("down")
+    assert statistics["down"].tokens == len(x) == sum(map(len, rows))
+    torch.testing.assert_close(x_mean, x.abs().mean(0), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(gram, x.T @ x / len(x), rtol=1e-4, atol=1e-6)
+    assert sensitivity["up"].shape == (48,) and (sensitivity["up"] > 0).all()
+    assert all(torch.equal(a, b) for a, b in zip(inputs.hidden, once.hidden, strict=True))
+    assert not any(hidden.requires_grad for hidden in inputs.hidden)
+    assert all(not m._forward_pre_hooks and not m._forward_hooks for m in model.modules())
 
 
 class Toy(nn.Module):
@@ -489,16 +518,20 @@ def test_sensitivity_is_the_square_of_the_derivative() -> None:
     """For a linear block it is known: 1 for the last layer, and the column norms of the last weight for the first."""
     torch.manual_seed(0)
     block = TwoLayers()
-    model = Toy(Chained(block))
+    idle = nn.Linear(3, 5)
+    model = Toy(Chained(block)).requires_grad_(False)
     ids = torch.randint(0, 50, (8, 500))
-    inputs = BlockInputs(model, list(model.blocks), ids)
-    linears = {"inner": block.inner, "outer": block.outer}
-    found = inputs.sensitivity(0, model.blocks[0], linears, torch.Generator().manual_seed(0))
-    assert {name: value.shape for name, value in found.items()} == {"inner": (12,), "outer": (8,)}
-    torch.testing.assert_close(found["outer"], torch.ones(8))  # the square of a sign, exactly
+    linears = {"inner": block.inner, "outer": block.outer, "idle": idle}
+
+    def found(seed: int) -> dict[str, Tensor]:
+        return BlockInputs(model, list(model.blocks), ids).collect(0, model.blocks[0], {}, linears, seed)[1]
+
+    first = found(0)
+    assert {name: value.shape for name, value in first.items()} == {"inner": (12,), "outer": (8,), "idle": (5,)}
+    torch.testing.assert_close(first["outer"], torch.ones(8))  # the square of a sign, exactly
     want = block.outer.weight.square().sum(0)
-    torch.testing.assert_close(found["inner"], want, rtol=0.1, atol=0)  # an estimate from 4000 tokens
-    again = inputs.sensitivity(0, model.blocks[0], linears, torch.Generator().manual_seed(0))
-    assert all(torch.equal(found[name], again[name]) for name in found)
-    assert all(parameter.grad is None for parameter in [model.embed.weight])
+    torch.testing.assert_close(first["inner"], want, rtol=0.1, atol=0)  # an estimate from 4000 tokens
+    assert not first["idle"].any()
+    assert all(torch.equal(value, first[name]) for name, value in found(0).items())
+    assert not torch.equal(found(1)["inner"], first["inner"])
     assert all(not module._forward_hooks for module in model.modules())

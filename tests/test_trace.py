@@ -192,14 +192,13 @@ class Traces:
         self._several = BlockInputs(model, self.blocks, ids(2, 16))
 
     def several(self, index: int) -> Inputs:
-        return (self._several.hidden, *self._several.arguments[index])
+        return self._several.example(index)
 
     def linears(self, index: int) -> list[str]:
         return [name for name, module in self.blocks[index].named_modules() if isinstance(module, nn.Linear)]
 
     def trace(self, index: int) -> Traced:
-        single = (self._single.hidden, *self._single.arguments[index])
-        return trace(self.blocks[index], self.linears(index), single, self.several(index))
+        return trace(self.blocks[index], self.linears(index), self._single.example(index), self.several(index))
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
