@@ -162,14 +162,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_allow_pickle(sub)
 
-    sub = command("ppl", _ppl, "Perplexity of a model, quantized or not, on a text.")
+    sub = command("ppl", _eval, "Perplexity of a model, quantized or not, on a text.")
     _add_model(sub)
-    sub.add_argument("--text", required=True, metavar="FILE", help="UTF-8 text; the first --tokens tokens are scored")
-    sub.add_argument(
-        "--window", type=_window, default=512, metavar="N", help="tokens of a window (they do not overlap)"
-    )
-    sub.add_argument("--tokens", type=_positive, default=20000, metavar="N", help="tokens of the text to score")
-    sub.add_argument("--bos", action="store_true", help="put the tokenizer's bos token in front of every window")
+    _add_scoring(sub)
+    sub.set_defaults(against=None)
+
+    sub = command("eval", _eval, "Perplexity of a model, and how far it is from the original it was made of.")
+    _add_model(sub)
+    sub.add_argument("--against", metavar="ORIGINAL", help="directory or hub name of the original model")
+    _add_scoring(sub)
 
     sub = command("generate", _generate, "Let a model, quantized or not, continue a text (greedy).")
     _add_model(sub)
@@ -221,6 +222,19 @@ def _add_model(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("model", metavar="MODEL", help="directory or hub name of a model or an AutoAWQ checkpoint")
     sub.add_argument("--dtype", choices=DTYPES, default="float32", help="of activations and unquantized weights")
     sub.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1 ...")
+
+
+def _add_scoring(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--text", required=True, metavar="FILE", help="UTF-8 text; the first --tokens tokens are scored")
+    sub.add_argument("--tokens", type=_positive, default=20000, metavar="N", help="tokens of the text (default: 20000)")
+    sub.add_argument("--window", type=_window, default=512, metavar="N", help="tokens of a window (default: 512)")
+    sub.add_argument(
+        "--stride",
+        type=_positive,
+        metavar="N",
+        help="tokens from one window to the next, each scored only on what is new in it (default: no overlap)",
+    )
+    sub.add_argument("--bos", action="store_true", help="put the tokenizer's bos token in front of every window")
 
 
 def _positive(text: str) -> int:
@@ -283,38 +297,64 @@ def _quantize(args: argparse.Namespace) -> Output:
     return Output({"out": str(out), **report.to_dict()}, [report.summary(), f"saved to {out}"])
 
 
-def _ppl(args: argparse.Namespace) -> Output:
+def _eval(args: argparse.Namespace) -> Output:
+    """Both `eval` and `ppl`, which has nothing to compare with."""
     from awq_ext import evaluate
 
     try:
         text = Path(args.text).expanduser().read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise AwqError(f"{args.text} is not UTF-8 text: {error}") from error
-    model, tokenizer = _load(args)
+    model, tokenizer = _load(args, args.model)
     bos = tokenizer.bos_token_id if args.bos else None
     if args.bos and bos is None:
         raise AwqError(f"the tokenizer of {args.model} has no bos token; leave out --bos")
     ids = evaluate.first_tokens(text, tokenizer, args.tokens)
-    start = time.perf_counter()
-    result = evaluate.perplexity(model, ids, window=args.window, bos=bos, progress=Progress())
-    seconds = time.perf_counter() - start
     if len(ids) < args.tokens:
         _say(f"{args.text} has only {len(ids)} tokens; those are scored")
-    data = {
-        "perplexity": result.value,
-        "nll": result.nll,
-        "tokens": result.tokens,
-        "window": args.window,
-        "bos": bos,
-        "seconds": seconds,
-    }
-    return Output(data, [f"perplexity {result.value:.4f} over {result.tokens} predictions ({seconds:.0f} s)"])
+    data: dict[str, Any] = {"window": args.window, "stride": args.stride, "bos": bos}
+    start = time.perf_counter()
+    if args.against is None:
+        score = evaluate.perplexity(model, None, ids, args.window, args.stride, bos=bos, progress=Progress())
+        compared = None
+    else:
+        original, own_tokenizer = _load(args, args.against)
+        if evaluate.first_tokens(text, own_tokenizer, args.tokens).tolist() != ids.tolist():
+            raise AwqError(f"the tokenizers of {args.model} and {args.against} give other tokens for {args.text}")
+        compared = evaluate.divergence(model, original, ids, args.window, args.stride, bos=bos, progress=Progress())
+        score = compared.model
+    seconds = time.perf_counter() - start
+    data |= {"perplexity": score.value, "nll": score.nll, "tokens": score.tokens, "seconds": seconds}
+    shown = [f"perplexity {score.value:.4f} over {score.tokens} predictions ({seconds:.0f} s)"]
+    if compared is not None:
+        base = compared.original
+        data |= {
+            "original_perplexity": base.value,
+            "original_nll": base.nll,
+            "perplexity_difference": score.value - base.value,
+            "nll_difference": compared.nll_difference,
+            "nll_difference_error": compared.nll_error,
+            "windows": len(base.windows),
+            "kl": compared.kl,
+            "kl_p99": compared.kl_p99,
+            "top1": compared.top1,
+        }
+        range = "" if compared.nll_error is None else f" +- {compared.nll_error:.4f}"
+        shown += [
+            f"original {base.value:.4f}, so the difference is {score.value - base.value:+.4f} "
+            f"({score.value / base.value - 1:+.2%})",
+            f"nats a token {compared.nll_difference:+.4f}{range} (standard error, paired over the "
+            f"{len(base.windows)} windows)",
+            f"KL(original || model) {compared.kl:.4f} nats a token, 99th percentile {compared.kl_p99:.4f}",
+            f"same likeliest token in {compared.top1:.2%}",
+        ]
+    return Output(data, shown)
 
 
 def _generate(args: argparse.Namespace) -> Output:
     from awq_ext import evaluate
 
-    model, tokenizer = _load(args)
+    model, tokenizer = _load(args, args.model)
     result = evaluate.generate(model, tokenizer, args.prompt, args.max_new_tokens, chat=args.chat)
     data = {
         "prompt": args.prompt,
@@ -327,7 +367,7 @@ def _generate(args: argparse.Namespace) -> Output:
     return Output(data, [result.text])
 
 
-def _load(args: argparse.Namespace) -> tuple[Any, Any]:
+def _load(args: argparse.Namespace, model: str) -> tuple[Any, Any]:
     """Model and tokenizer as --dtype and --device ask."""
     import torch
 
@@ -338,7 +378,7 @@ def _load(args: argparse.Namespace) -> tuple[Any, Any]:
     except RuntimeError as error:
         raise AwqError(f"--device {args.device!r} is no device: {str(error).splitlines()[0]}") from error
     _check_device(device)
-    return load_any(args.model, getattr(torch, args.dtype), device)
+    return load_any(model, getattr(torch, args.dtype), device)
 
 
 def _check_device(device: torch.device) -> None:

@@ -1,4 +1,4 @@
-"""How good and how fast a model is: perplexity on a text, greedy generation.
+"""How good and how fast a model is: perplexity on a text, distance to the original model, greedy generation.
 
 ``model`` is any causal language model of transformers, ``tokenizer`` its tokenizer; the type checker is told Any, since
 transformers' own annotations do not hold for what its Auto classes return.
@@ -7,13 +7,17 @@ transformers' own annotations do not hold for what its Auto classes return.
 from __future__ import annotations
 
 import math
+import statistics
+import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from awq_ext import windows as data
 from awq_ext.errors import AwqError
 from awq_ext.progress import Progress
 
@@ -25,6 +29,43 @@ class Perplexity:
     value: float
     nll: float
     tokens: int
+    windows: tuple[float, ...]
+    """The mean negative log-likelihood of each window, to compare two models window by window."""
+
+    @classmethod
+    def of(cls, losses: Sequence[float], counts: Sequence[int]) -> Perplexity:
+        """losses: the sum of the negative log-likelihoods of each window's predictions; counts: how many those are."""
+        nll = sum(losses) / sum(counts)
+        means = tuple(loss / count for loss, count in zip(losses, counts, strict=True))
+        return cls(_exp(nll), nll, sum(counts), means)
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """How far the predictions of a model are from those of the original, at the same positions of the same text."""
+
+    kl: float
+    """KL(original || model), nats, mean over all predictions."""
+    kl_p99: float
+    """The 99th percentile of it."""
+    top1: float
+    """The share of predictions in which both find the same token likeliest."""
+    model: Perplexity
+    original: Perplexity
+
+    @property
+    def nll_difference(self) -> float:
+        """Nats a token that the model loses: the logarithm of the quotient of the perplexities."""
+        return self.model.nll - self.original.nll
+
+    @property
+    def nll_error(self) -> float | None:
+        """Standard error of nll_difference over the windows, which are paired; None: there is only one."""
+        pairs = zip(self.model.windows, self.original.windows, strict=True)
+        differences = [model - original for model, original in pairs]
+        if len(differences) == 1:
+            return None
+        return statistics.stdev(differences) / math.sqrt(len(differences))
 
 
 @dataclass(frozen=True)
@@ -44,57 +85,117 @@ class Generation:
 @torch.no_grad()
 def perplexity(
     model: Any,
-    ids: Tensor,
-    *,
+    tokenizer: Any,
+    text: str | Tensor,
     window: int = 512,
+    stride: int | None = None,
+    *,
+    tokens: int | None = None,
     bos: int | None = None,
-    batch: int = 4,
     progress: Progress | None = None,
 ) -> Perplexity:
-    """Perplexity of the tokens ``ids`` (int64 [tokens]), cut into windows that do not overlap.
+    """Perplexity of a text, window by window.
 
-    Each window is ``window`` consecutive tokens and gives ``window - 1`` predictions (its first token is only read);
-    with ``bos`` it is that token and ``window - 1`` tokens of the text, all of which are predicted. A last, shorter
-    window is left out. ``batch`` windows go through the model at once. Losses are computed in float32.
+    A window is ``window`` consecutive tokens, and predicts all of them but the first, which is only read. The next one
+    begins ``stride`` tokens further on and is scored only on the tokens that no window in front of it has in it, so
+    that with a small stride every prediction sees at least ``window - stride`` tokens (as transformers' documentation
+    on perplexity has it; but a last, shorter window is left out).
 
-    Raises AwqError if there is no full window, if the model cannot take the window or the tokens, or if a loss is
-    not finite.
+    Args:
+        text: a text, tokenized without special tokens, or its token ids, int64 [tokens], for which no tokenizer is
+            needed.
+        window, stride: in tokens; stride None: windows that touch and do not overlap.
+        tokens: how many tokens of the text to use, None: all.
+        bos: the id of a token to lead every window, which then holds ``window - 1`` tokens of the text and predicts
+            them all.
+
+    Losses are computed in float32, and only one window's logits are in memory.
+
+    Raises:
+        AwqError: no full window, a model that cannot take the window or the tokens, or a loss that is not finite.
     """
-    windows = split(ids, window, bos)
+    count = sys.maxsize if tokens is None else tokens
+    ids = text[:count] if isinstance(text, Tensor) else first_tokens(text, tokenizer, count)
+    windows, counts = split(ids, window, bos, stride)
     _check_fits(model, windows)
-    total = 0.0
+    losses: list[float] = []
     with (progress or Progress.silent()).task("score windows", total=len(windows)) as task:
-        done = 0
-        for part in torch.split(windows, batch):
-            part = part.to(model.device)
-            logits = model(input_ids=part, use_cache=False).logits
-            for row, target in zip(logits, part, strict=True):  # row by row: the float copy of all would be large
-                loss = torch.nn.functional.cross_entropy(row[:-1].float(), target[1:], reduction="sum").item()
-                if not math.isfinite(loss):
-                    raise AwqError(
-                        f"the model's loss is {loss} in window {done} of {len(windows)}: its logits are not finite. "
-                        "Score it in float32 (--dtype float32); if that does not help, its weights are damaged"
-                    )
-                total += loss
-                done += 1
-            task.advance(len(part), note=f"perplexity {_exp(total / (done * (window - 1))):.2f}")
-    tokens = len(windows) * (window - 1)
-    return Perplexity(_exp(total / tokens), total / tokens, tokens)
+        for row, count in zip(windows, counts, strict=True):
+            logits, target = _predictions(model, row, count), row[-count:].to(model.device)
+            losses.append(_loss(logits, target, len(losses), len(windows)))
+            task.advance(note=f"perplexity {Perplexity.of(losses, counts[: len(losses)]).value:.2f}")
+    return Perplexity.of(losses, counts)
 
 
-def split(ids: Tensor, window: int, bos: int | None = None) -> Tensor:
-    """int64 [count, window]: the full windows of ``ids``, each led by ``bos`` if one is given; see perplexity."""
+@torch.no_grad()
+def divergence(
+    model: Any,
+    original: Any,
+    ids: Tensor,
+    window: int = 512,
+    stride: int | None = None,
+    *,
+    bos: int | None = None,
+    progress: Progress | None = None,
+) -> Divergence:
+    """How far a model is from the original on the tokens ``ids`` (int64 [tokens], see :func:`first_tokens`).
+
+    Windows, the other arguments and what is raised are those of :func:`perplexity`. Both models are in memory, and one
+    window's logits of each; distributions are computed in float32.
+    """
+    windows, counts = split(ids, window, bos, stride)
+    _check_fits(model, windows)
+    _check_fits(original, windows)
+    losses: dict[str, list[float]] = {"model": [], "original": []}
+    kl: list[Tensor] = []
+    agreed = 0
+    with (progress or Progress.silent()).task("compare windows", total=len(windows)) as task:
+        for index, (row, count) in enumerate(zip(windows, counts, strict=True)):
+            q, p = _predictions(model, row, count), _predictions(original, row, count).to(model.device)
+            if p.shape != q.shape:
+                raise AwqError(
+                    f"the model predicts one of {q.shape[-1]} tokens, the original one of {p.shape[-1]}: "
+                    "they do not belong together"
+                )
+            target = row[-count:].to(q.device)
+            losses["model"].append(_loss(q, target, index, len(windows)))
+            losses["original"].append(_loss(p, target, index, len(windows)))
+            agreed += int((p.argmax(-1) == q.argmax(-1)).sum())
+            for some_p, some_q in zip(p.split(64), q.split(64), strict=True):  # a vocabulary is wide
+                log_p, log_q = some_p.float().log_softmax(-1), some_q.float().log_softmax(-1)
+                # Never negative, but for rounding.
+                kl.append((log_p.exp() * (log_p - log_q)).sum(-1).clamp(min=0).double().cpu())
+            task.advance(note=f"KL {torch.cat(kl).mean():.4f}")
+    every = torch.cat(kl)
+    return Divergence(
+        kl=float(every.mean()),
+        kl_p99=float(every.quantile(0.99)),
+        top1=agreed / len(every),
+        model=Perplexity.of(losses["model"], counts),
+        original=Perplexity.of(losses["original"], counts),
+    )
+
+
+def split(ids: Tensor, window: int, bos: int | None = None, stride: int | None = None) -> tuple[Tensor, list[int]]:
+    """int64 [count, window], the full windows of ``ids``, and how many predictions at the end of each are scored.
+
+    See :func:`perplexity`.
+    """
     if window < 2:
         raise AwqError(f"a window needs at least 2 tokens to predict one from another, got {window}")
-    step = window if bos is None else window - 1
-    count = len(ids) // step
-    if count == 0:
+    length = window if bos is None else window - 1
+    stride = length if stride is None else stride
+    if not 1 <= stride <= length:
+        raise AwqError(f"the stride must be from 1 to the {length} tokens of the text in a window, got {stride}")
+    if len(ids) < length:
         raise AwqError(
-            f"the text is too short: it has {len(ids)} tokens, one window takes {step}. "
+            f"the text is too short: it has {len(ids)} tokens, one window takes {length}. "
             "Give a longer text or a smaller window"
         )
-    windows = ids[: count * step].view(count, step)
-    return windows if bos is None else torch.cat([windows.new_full((count, 1), bos), windows], dim=1)
+    windows = ids.unfold(0, length, stride)
+    if bos is not None:
+        windows = torch.cat([windows.new_full((len(windows), 1), bos), windows], dim=1)
+    return windows, [window - 1] + [min(stride, window - 1)] * (len(windows) - 1)
 
 
 def first_tokens(text: str, tokenizer: Any, count: int) -> Tensor:
@@ -102,14 +203,23 @@ def first_tokens(text: str, tokenizer: Any, count: int) -> Tensor:
 
     Only as much text is tokenized as that takes.
     """
-    # A cut can change the few tokens before it, so there must be some to spare behind the last one that is used.
-    spare = 64
-    characters = 8 * count
-    while True:
-        ids = tokenizer(text[:characters], add_special_tokens=False, verbose=False)["input_ids"]
-        if len(ids) >= count + spare or characters >= len(text):
-            return torch.tensor(ids[:count], dtype=torch.int64)
-        characters *= 2
+    return data.first_tokens([text], "", tokenizer, count)[0]
+
+
+def _predictions(model: Any, row: Tensor, count: int) -> Tensor:
+    """Logits [count, vocabulary] of the last ``count`` tokens of a window."""
+    logits: Tensor = model(input_ids=row[None].to(model.device), use_cache=False).logits
+    return logits[0, -1 - count : -1]
+
+
+def _loss(logits: Tensor, target: Tensor, index: int, windows: int) -> float:
+    loss = torch.nn.functional.cross_entropy(logits.float(), target, reduction="sum").item()
+    if not math.isfinite(loss):
+        raise AwqError(
+            f"the model's loss is {loss} in window {index} of {windows}: its logits are not finite. "
+            "Score it in float32 (--dtype float32); if that does not help, its weights are damaged"
+        )
+    return loss
 
 
 @torch.no_grad()

@@ -24,7 +24,7 @@ from awq_ext.quantizer import METHODS, quantize
 def score(path: str, args: argparse.Namespace) -> dict[str, float]:
     model, tokenizer = load_any(path, torch.float32)
     ids = first_tokens(Path(args.text).read_text(encoding="utf-8"), tokenizer, args.tokens)
-    result = perplexity(model, ids, bos=tokenizer.bos_token_id if args.bos else None)
+    result = perplexity(model, None, ids, bos=tokenizer.bos_token_id if args.bos else None)
     return {"perplexity": result.value, "tokens": result.tokens}
 
 

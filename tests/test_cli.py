@@ -80,7 +80,7 @@ def edit_json(file: Path, **values: object) -> None:
 def test_module_and_help_in_a_process_of_its_own():
     done = subprocess.run([sys.executable, "-m", "awq_ext", "--help"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    for command in ("quantize", "ppl", "generate", "inspect", "doctor", "demo"):
+    for command in ("quantize", "ppl", "eval", "generate", "convert", "verify", "inspect", "doctor", "demo"):
         assert command in done.stdout
 
 
@@ -223,7 +223,7 @@ def test_ppl_of_a_model_and_of_a_checkpoint(tiny_llama, quantized, text, bos, ru
     for path in (tiny_llama, quantized):
         model, tokenizer = pretrained.load_any(path)
         ids = evaluate.first_tokens(TEXT, tokenizer, 300)
-        expected = evaluate.perplexity(model, ids, window=50, bos=1 if bos else None)
+        expected = evaluate.perplexity(model, None, ids, 50, bos=1 if bos else None)
         options = ["--bos"] if bos else []
         result = run("ppl", path, "--text", text, "--window", 50, "--tokens", 300, *options)
         assert result["perplexity"] == pytest.approx(expected.value, rel=1e-6)
@@ -262,6 +262,67 @@ def test_ppl_refuses_what_it_cannot_do(tiny_llama, copy, text, tmp_path, fail):
     assert "not on meta" in fail("ppl", tiny_llama, "--text", text, "--device", "meta")
     if not torch.cuda.is_available():
         assert "no CUDA device" in fail("ppl", tiny_llama, "--text", text, "--device", "cuda")
+
+
+# --- eval -----------------------------------------------------------------------------------------------------------
+
+
+def test_eval_compares_with_the_original(tiny_llama, quantized, text, run, capsys):
+    options = ["--text", text, "--window", 50, "--stride", 20, "--tokens", 300, "--bos"]
+    result = run("eval", quantized, "--against", tiny_llama, *options)
+    (model, tokenizer), (original, _) = pretrained.load_any(quantized), pretrained.load_any(tiny_llama)
+    ids = evaluate.first_tokens(TEXT, tokenizer, 300)
+    expected = evaluate.divergence(model, original, ids, 50, 20, bos=1)
+    for name, value in {
+        "perplexity": expected.model.value,
+        "nll": expected.model.nll,
+        "original_perplexity": expected.original.value,
+        "original_nll": expected.original.nll,
+        "perplexity_difference": expected.model.value - expected.original.value,
+        "nll_difference": expected.nll_difference,
+        "nll_difference_error": expected.nll_error,
+        "kl": expected.kl,
+        "kl_p99": expected.kl_p99,
+        "top1": expected.top1,
+    }.items():
+        assert result[name] == pytest.approx(value, rel=1e-6), name
+    assert (result["tokens"], result["windows"]) == (49 + 12 * 20, 13)
+    assert (result["window"], result["stride"], result["bos"]) == (50, 20, 1)
+    assert 0 < result["kl"] < result["kl_p99"] and result["top1"] < 1
+
+    assert cli.main(["eval", str(quantized), "--against", str(tiny_llama), *map(str, options)]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert out.splitlines()[1:] == [
+        f"original {expected.original.value:.4f}, so the difference is "
+        f"{expected.model.value - expected.original.value:+.4f} "
+        f"({expected.model.value / expected.original.value - 1:+.2%})",
+        f"nats a token {expected.nll_difference:+.4f} +- {expected.nll_error:.4f} "
+        "(standard error, paired over the 13 windows)",
+        f"KL(original || model) {expected.kl:.4f} nats a token, 99th percentile {expected.kl_p99:.4f}",
+        f"same likeliest token in {expected.top1:.2%}",
+    ]
+
+
+def test_eval_of_a_model_alone_is_its_perplexity(tiny_llama, text, run):
+    options = ["--text", text, "--window", 50, "--tokens", 100]
+    alone, ppl = run("eval", tiny_llama, *options), run("ppl", tiny_llama, *options)
+    assert alone | {"seconds": 0} == ppl | {"seconds": 0} and "kl" not in alone
+    itself = run("eval", tiny_llama, "--against", tiny_llama, "--text", text, "--window", 50, "--tokens", 50)
+    assert itself["kl"] == itself["nll_difference"] == 0 and itself["nll_difference_error"] is None
+
+
+def test_eval_refuses_what_it_cannot_compare(tiny_llama, copy, text, tmp_path, fail):
+    assert "does not exist" in fail("eval", tiny_llama, "--against", tmp_path / "nothing", "--text", text)
+    tokenizer = json.loads((copy / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    used = pretrained.load_tokenizer(copy).tokenize(TEXT)[0]
+    vocabulary[used], vocabulary["$"] = vocabulary["$"], vocabulary[used]
+    (copy / "tokenizer.json").write_text(json.dumps(tokenizer))
+    assert "give other tokens" in fail("eval", tiny_llama, "--against", copy, "--text", text)
+    assert "stride must be from 1 to the 50" in fail(
+        "eval", tiny_llama, "--text", text, "--window", "50", "--stride", "60"
+    )
 
 
 # --- generate, inspect ----------------------------------------------------------------------------------------------

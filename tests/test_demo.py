@@ -76,7 +76,7 @@ def test_demo_compares_what_a_user_would_measure(compared, tiny_llama):
     for variant in compared.variants:
         model, tokenizer = pretrained.load_any(variant.directory)
         ids = evaluate.first_tokens(builtin_text()[1], tokenizer, 1024)
-        expected = evaluate.perplexity(model, ids, bos=tokenizer.bos_token_id)
+        expected = evaluate.perplexity(model, None, ids, bos=tokenizer.bos_token_id)
         assert variant.perplexity == pytest.approx(expected.value, rel=1e-5)
         assert variant.text == evaluate.generate(model, tokenizer, "Once", demo.NEW_TOKENS).text
         assert variant.bytes == (Path(variant.directory) / "model.safetensors").stat().st_size

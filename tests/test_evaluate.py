@@ -1,4 +1,4 @@
-"""Perplexity against a plain computation; generation; loading of what is sound and refusal of what is not."""
+"""Perplexity and divergence against plain computations; generation; loading of what is sound and of nothing else."""
 
 from __future__ import annotations
 
@@ -21,55 +21,176 @@ def loaded(tiny_llama):
     return pretrained.load_any(tiny_llama)
 
 
-def plain_nll(model, windows: list[list[int]]) -> tuple[float, int]:
-    """The definition, one prediction after another, in float64."""
-    total, count = 0.0, 0
-    for window in windows:
-        with torch.no_grad():
-            logits = model(torch.tensor([window])).logits[0].double()
-        for position in range(len(window) - 1):
-            total -= torch.log_softmax(logits[position], -1)[window[position + 1]].item()
-            count += 1
-    return total, count
+def plain_log_probabilities(model, window: list[int]) -> torch.Tensor:
+    """[length - 1, vocabulary] in float64: what a window says of all its tokens but the first."""
+    with torch.no_grad():
+        return torch.log_softmax(model(torch.tensor([window])).logits[0, :-1].double(), -1)
+
+
+def plain_windows(ids: torch.Tensor, window: int, stride: int | None, bos: int | None) -> list[tuple[list[int], int]]:
+    """Windows and the number of their last tokens that are scored, by marking every token that has been in one."""
+    lead = [] if bos is None else [bos]
+    length = window - len(lead)
+    seen, windows = 0, []
+    for begin in range(0, len(ids) - length + 1, stride or length):
+        new = begin + length - max(seen, begin)
+        windows.append((lead + ids[begin : begin + length].tolist(), min(new, window - 1)))
+        seen = begin + length
+    return windows
+
+
+IDS = torch.randint(3, 320, (150,), generator=torch.Generator().manual_seed(0))
 
 
 @pytest.mark.parametrize("bos", [None, 1])
-@pytest.mark.parametrize("batch", [1, 3, 4])
-def test_perplexity_is_its_definition(loaded, bos, batch):
+@pytest.mark.parametrize("stride", [None, 15, 8, 5, 1])
+def test_perplexity_is_its_definition(loaded, bos, stride):
     model, _ = loaded
-    ids = torch.randint(3, 320, (150,), generator=torch.Generator().manual_seed(0))
-    step = 16 if bos is None else 15
-    windows = [([] if bos is None else [bos]) + ids[i : i + step].tolist() for i in range(0, 150 - step + 1, step)]
-    total, count = plain_nll(model, windows)
+    ids = IDS if stride != 1 else IDS[:30]
+    means, count = [], 0
+    windows = plain_windows(ids, 16, stride, bos)
+    for window, scored in windows:
+        said = plain_log_probabilities(model, window)[-scored:]
+        means.append(-said[torch.arange(scored), window[-scored:]].mean().item())
+        count += scored
+    if stride is not None and stride < 15:  # every token is predicted once, but those that are only read or left over
+        assert count == windows[0][1] + (len(windows) - 1) * stride
 
-    result = evaluate.perplexity(model, ids, window=16, bos=bos, batch=batch)
+    result = evaluate.perplexity(model, None, ids, 16, stride, bos=bos)
 
-    assert result.tokens == count == len(windows) * 15
-    assert result.nll == pytest.approx(total / count, rel=1e-5)
-    assert result.value == pytest.approx(math.exp(total / count), rel=1e-4)
+    nll = sum(mean * scored for mean, (_, scored) in zip(means, windows, strict=True)) / count
+    assert result.tokens == count
+    assert result.nll == pytest.approx(nll, rel=1e-5)
+    assert result.value == pytest.approx(math.exp(nll), rel=1e-4)
+    assert result.windows == pytest.approx(means, rel=1e-5)
+
+
+def test_a_window_that_sees_more_than_it_scores_is_transformers_own(loaded):
+    """The loop of transformers' documentation on perplexity, its loss counted by token, up to the last full window."""
+    model, _ = loaded
+    window, stride, total, count, seen = 20, 7, 0.0, 0, 0
+    for begin in range(0, len(IDS) - window + 1, stride):
+        row = IDS[None, begin : begin + window]
+        labels = row.clone()
+        labels[:, : window - (begin + window - seen)] = -100
+        predictions = int((labels[:, 1:] != -100).sum())
+        with torch.no_grad():
+            total += model(row, labels=labels).loss.item() * predictions
+        count += predictions
+        seen = begin + window
+    result = evaluate.perplexity(model, None, IDS, window, stride)
+    assert result.tokens == count and result.nll == pytest.approx(total / count, rel=1e-5)
+
+
+def test_perplexity_of_a_text_is_that_of_its_tokens(loaded):
+    model, tokenizer = loaded
+    text = "The quick brown fox jumps over the lazy dog; \N{SNOWMAN} \N{PILE OF POO}. " * 20
+    ids = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"])
+    assert evaluate.perplexity(model, tokenizer, text, 16) == evaluate.perplexity(model, None, ids, 16)
+    assert evaluate.perplexity(model, tokenizer, text, 16, tokens=100) == evaluate.perplexity(
+        model, None, ids[:100], 16
+    )
+
+
+class Constant:
+    """A model that says the same everywhere, whatever it reads."""
+
+    def __init__(self, model, logits: torch.Tensor) -> None:
+        self.device, self.config, self.logits = model.device, model.config, logits
+        self.get_input_embeddings = model.get_input_embeddings
+
+    def __call__(self, input_ids: torch.Tensor, use_cache: bool):
+        assert not use_cache
+        return type("Out", (), {"logits": self.logits.expand(*input_ids.shape, -1)})
 
 
 def test_perplexity_of_a_model_that_knows_nothing_is_the_vocabulary(loaded):
-    model, _ = loaded
-    blind = torch.nn.Module()
-    blind.device, blind.config = model.device, model.config
-    blind.get_input_embeddings = model.get_input_embeddings
-    blind.forward = lambda input_ids, use_cache: type("Out", (), {"logits": torch.zeros(*input_ids.shape, 320)})
-    assert evaluate.perplexity(blind, torch.arange(100), window=10).value == pytest.approx(320, rel=1e-5)
+    blind = Constant(loaded[0], torch.zeros(320))
+    assert evaluate.perplexity(blind, None, torch.arange(100), 10).value == pytest.approx(320, rel=1e-5)
+
+
+# --- divergence -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def disturbed(tiny_llama):
+    model, _ = pretrained.load_any(tiny_llama)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.3 * parameter.std() * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+@pytest.mark.parametrize(("bos", "stride"), [(None, None), (1, None), (1, 6)])
+def test_divergence_is_its_definition(loaded, disturbed, bos, stride):
+    original, _ = loaded
+    kl, agreed = [], []
+    for window, scored in plain_windows(IDS, 16, stride, bos):
+        p, q = (plain_log_probabilities(model, window)[-scored:] for model in (original, disturbed))
+        kl += (p.exp() * (p - q)).sum(-1).tolist()
+        agreed += (p.argmax(-1) == q.argmax(-1)).tolist()
+
+    result = evaluate.divergence(disturbed, original, IDS, 16, stride, bos=bos)
+
+    assert result.kl == pytest.approx(sum(kl) / len(kl), rel=1e-4) and result.kl > 0.01
+    assert result.kl_p99 == pytest.approx(torch.tensor(kl, dtype=torch.float64).quantile(0.99).item(), rel=1e-4)
+    assert result.kl_p99 > result.kl
+    assert result.top1 == sum(agreed) / len(agreed) and 0 < result.top1 < 1
+    assert result.model == evaluate.perplexity(disturbed, None, IDS, 16, stride, bos=bos)
+    assert result.original == evaluate.perplexity(original, None, IDS, 16, stride, bos=bos)
+    differences = torch.tensor(result.model.windows) - torch.tensor(result.original.windows)
+    assert result.nll_difference == pytest.approx(math.log(result.model.value / result.original.value))
+    assert result.nll_error == pytest.approx(float(differences.std() / len(differences) ** 0.5), rel=1e-4)
+
+
+def test_divergence_of_two_known_distributions(loaded):
+    """It is KL(original || model) and not the other way round."""
+    model = loaded[0]
+    p, q = torch.full((320,), -50.0), torch.full((320,), -50.0)
+    p[:2], q[:2] = torch.tensor([0.9, 0.1]).log(), torch.tensor([0.5, 0.5]).log()
+    result = evaluate.divergence(Constant(model, q), Constant(model, p), torch.zeros(20, dtype=torch.int64), 10)
+    assert result.kl == pytest.approx(0.9 * math.log(0.9 / 0.5) + 0.1 * math.log(0.1 / 0.5), rel=1e-5)
+    assert result.kl_p99 == pytest.approx(result.kl) and result.top1 == 1
+    assert result.nll_difference == pytest.approx(math.log(0.9 / 0.5), rel=1e-5)
+
+
+def test_a_model_does_not_diverge_from_itself(loaded):
+    result = evaluate.divergence(loaded[0], loaded[0], IDS[:16], 16)
+    assert (result.kl, result.kl_p99, result.top1, result.nll_difference) == (0, 0, 1, 0)
+    assert result.nll_error is None  # one window
+
+
+def test_divergence_of_models_of_other_vocabularies_is_refused(loaded):
+    other = Constant(loaded[0], torch.zeros(300))
+    with pytest.raises(AwqError, match="one of 300 tokens, the original one of 320"):
+        evaluate.divergence(other, loaded[0], IDS, 16)
+
+
+# --- windows --------------------------------------------------------------------------------------------------------
 
 
 def test_split_drops_the_last_part_window():
     ids = torch.arange(10)
-    assert evaluate.split(ids, 4).tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
-    assert evaluate.split(ids, 4, bos=99).tolist() == [[99, 0, 1, 2], [99, 3, 4, 5], [99, 6, 7, 8]]
+    windows, scored = evaluate.split(ids, 4)
+    assert windows.tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]] and scored == [3, 3]
+    windows, scored = evaluate.split(ids, 4, bos=99)
+    assert windows.tolist() == [[99, 0, 1, 2], [99, 3, 4, 5], [99, 6, 7, 8]] and scored == [3, 3, 3]
+    windows, scored = evaluate.split(ids, 4, stride=3)
+    assert windows.tolist() == [[0, 1, 2, 3], [3, 4, 5, 6], [6, 7, 8, 9]] and scored == [3, 3, 3]
+    windows, scored = evaluate.split(ids, 5, bos=99, stride=2)
+    assert windows[:, 1].tolist() == [0, 2, 4, 6] and scored == [4, 2, 2, 2]
 
 
-def test_too_short_a_text_is_refused():
+def test_windows_that_cannot_be_are_refused():
     with pytest.raises(AwqError, match="too short: it has 3 tokens, one window takes 4"):
         evaluate.split(torch.arange(3), 4)
-    assert evaluate.split(torch.arange(3), 4, bos=0).shape == (1, 4)  # three tokens and bos make one window
+    assert evaluate.split(torch.arange(3), 4, bos=0)[0].shape == (1, 4)  # three tokens and bos make one window
     with pytest.raises(AwqError, match="at least 2"):
         evaluate.split(torch.arange(3), 1)
+    for stride, bos in ((0, None), (5, None), (4, 1)):
+        with pytest.raises(AwqError, match=rf"from 1 to the {4 if bos is None else 3} tokens.*, got {stride}"):
+            evaluate.split(torch.arange(10), 4, bos, stride)
 
 
 def test_first_tokens_are_those_of_the_whole_text(loaded):
@@ -109,15 +230,15 @@ def test_a_loss_that_is_not_finite_is_refused(tiny_llama):
     with torch.no_grad():
         model.lm_head.weight[5] = float("nan")
     with pytest.raises(AwqError, match=r"window 0 of 6.*not finite"):
-        evaluate.perplexity(model, torch.arange(100), window=16)
+        evaluate.perplexity(model, None, torch.arange(100), 16)
 
 
 def test_tokens_beyond_vocabulary_or_positions_are_refused(loaded):
     model, tokenizer = loaded
     with pytest.raises(AwqError, match="token 320, but the model knows only 320"):
-        evaluate.perplexity(model, torch.full((20,), 320), window=10)
+        evaluate.perplexity(model, None, torch.full((20,), 320), 10)
     with pytest.raises(AwqError, match="1024 tokens in a row are more than the model's 512"):
-        evaluate.perplexity(model, torch.zeros(2000, dtype=torch.int64), window=1024)
+        evaluate.perplexity(model, None, torch.zeros(2000, dtype=torch.int64), 1024)
     with pytest.raises(AwqError, match="more than the model's 512"):
         evaluate.generate(model, tokenizer, "Once", 600)
 
@@ -245,7 +366,7 @@ def test_loss_of_a_trained_model_is_the_published_one(stories, shared):
     total = count = 0.0
     for story in text.split("<|endoftext|>")[:40]:
         ids = evaluate.first_tokens(story.strip(), tokenizer, 511)
-        result = evaluate.perplexity(model, ids, window=len(ids) + 1, bos=tokenizer.bos_token_id)
+        result = evaluate.perplexity(model, None, ids, len(ids) + 1, bos=tokenizer.bos_token_id)
         total, count = total + result.nll * result.tokens, count + result.tokens
     assert total / count == pytest.approx(1.2968, abs=0.1)
 
