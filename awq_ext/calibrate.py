@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import inspect
 import itertools
-import pydoc_data.topics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from numbers import Integral
-from pathlib import Path
 from typing import Any
 
 import greenlet
@@ -17,130 +14,6 @@ from torch import Tensor, nn
 
 from awq_ext.errors import CalibrationError
 from awq_ext.ranks import ALONE, Ranks, SlotSum, generator
-
-BUILTIN_TEXT = "builtin"
-"""The source that needs no file: the language reference that every CPython carries."""
-
-
-def builtin_text() -> tuple[str, str]:
-    """Two disjoint halves of CPython's own help topics: one to calibrate on, one to score on."""
-    topics = pydoc_data.topics.topics
-    # Topics repeat one another, paragraph by paragraph; without repetitions the halves have nothing in common.
-    paragraphs = "\n\n".join(topics[key] for key in sorted(topics)).split("\n\n")
-    text = "\n\n".join(dict.fromkeys(paragraphs))
-    return text[: len(text) // 2], text[len(text) // 2 :]
-
-
-def load_text(source: str) -> str:
-    """The text of a UTF-8 file, of ``builtin``, or of a dataset on the hub (its first text column, in order).
-
-    Undecodable bytes become U+FFFD. Raises CalibrationError if there is no such file or dataset.
-    """
-    if source == BUILTIN_TEXT:
-        return builtin_text()[0]
-    shown = source if len(source) <= 200 else f"{source[:200]}..."
-    try:
-        path = Path(source).expanduser()
-        if path.is_file():
-            return path.read_text(encoding="utf-8", errors="replace")
-        meant_as_file = path.exists() or path.suffix or path.is_absolute() or source.startswith((".", "~"))
-    except (OSError, RuntimeError) as error:  # not readable, too long for a name (it is text itself?), no such user
-        raise CalibrationError(f"calibration text {shown!r} cannot be read as a file: {error}") from error
-    if meant_as_file:
-        raise CalibrationError(f"calibration text {shown!r} is not a file")
-    return _dataset_text(source)
-
-
-def _dataset_text(source: str) -> str:
-    """``name`` or ``name:split`` of a dataset, 'train' unless named."""
-    try:
-        import datasets
-    except ImportError as error:
-        raise CalibrationError(
-            f"{source!r} is no file, and reading it as a dataset needs the package datasets: "
-            "pip install 'awq_ext[hf]', or pass a text file"
-        ) from error
-    name, _, split = source.partition(":")
-    name = {"pileval": "mit-han-lab/pile-val-backup"}.get(name, name)  # AutoAWQ's short name for its default
-    split = split or ("validation" if name == "mit-han-lab/pile-val-backup" else "train")
-    try:
-        rows = datasets.load_dataset(name, split=split)
-    except Exception as error:
-        raise CalibrationError(
-            f"{source!r} is no file, and could not be read as a dataset ({type(error).__name__}: {error}). "
-            "Pass a text file, or 'builtin' for the text that Python itself carries"
-        ) from error
-    column = (
-        "text"
-        if "text" in rows.column_names
-        else next((n for n, f in rows.features.items() if getattr(f, "dtype", None) == "string"), None)
-    )
-    if column is None:
-        raise CalibrationError(f"dataset {source!r} has no text column, only {rows.column_names}")
-    return "\n".join(rows[column])
-
-
-def windows(source: Any, tokenizer: Any, samples: int, seq_len: int) -> Tensor:
-    """The first ``samples`` x ``seq_len`` tokens of the calibration data, in order, int64 [samples, seq_len].
-
-    ``source``: text; a list of texts, joined by newlines; token ids as a tensor or a list; a list of token id lists,
-    one after another. No special tokens are added. Raises CalibrationError if there are too few tokens.
-    """
-    if samples < 1 or seq_len < 1:
-        raise CalibrationError(f"samples and seq_len must be positive, got {samples} and {seq_len}")
-    need = samples * seq_len
-    ids = torch.tensor(list(_token_ids(source, tokenizer, need)), dtype=torch.int64)
-    if len(ids) < need:
-        raise CalibrationError(
-            f"the calibration data has {len(ids)} tokens, but {samples} samples of {seq_len} need {need}. "
-            f"Pass more text, or at most {len(ids) // seq_len} samples of {seq_len}"
-        )
-    return ids[:need].view(samples, seq_len)
-
-
-def _token_ids(source: Any, tokenizer: Any, need: int) -> Iterable[int]:
-    if isinstance(source, str):
-        if tokenizer is None:
-            raise CalibrationError("calibration text needs a tokenizer; pass one, or pass token ids")
-        # Eight characters a token are plenty: a long file need not be tokenized whole to take its beginning. The cut
-        # may change the tokens of the word it goes through, so there have to be some to spare.
-        enough = need + 64
-        ids = tokenizer(source[: 8 * enough], add_special_tokens=False).input_ids
-        if len(source) > 8 * enough and len(ids) < enough:
-            ids = tokenizer(source, add_special_tokens=False).input_ids
-        return ids[:need]
-    if is_text(source):
-        return _token_ids("\n".join(source), tokenizer, need)
-    parts = [_ids(source)]
-    if parts == [None] and _is_list(source):
-        parts = [_ids(item) for item in source]
-    if None in parts:
-        inside = f" of {', '.join(sorted({type(item).__name__ for item in source}))}" if _is_list(source) else ""
-        kind = f"{source.dtype} tensor" if isinstance(source, Tensor) else type(source).__name__
-        raise CalibrationError(
-            "calibration must be a file name, text, a list of texts, token ids, or a list of token id lists; "
-            f"got a {kind}{inside}"
-        )
-    return [token for part in parts if part is not None for token in part]
-
-
-def is_text(source: Any) -> bool:
-    """Whether this is text or a list of texts, which takes a tokenizer to read."""
-    return isinstance(source, str) or (_is_list(source) and bool(source) and all(isinstance(x, str) for x in source))
-
-
-def _is_list(source: Any) -> bool:
-    return isinstance(source, Sequence) and not isinstance(source, (str, bytes, bytearray))
-
-
-def _ids(source: Any) -> list[int] | None:
-    """Token ids, or None if these are none. Whole numbers only: a float would be cut down to one without a word."""
-    if isinstance(source, Tensor):
-        whole = not (source.is_floating_point() or source.is_complex() or source.dtype == torch.bool)
-        return source.flatten().tolist() if whole else None
-    if _is_list(source) and all(isinstance(token, Integral) for token in source):
-        return [int(token) for token in source]
-    return None
 
 
 class Statistics:

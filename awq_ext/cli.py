@@ -262,10 +262,10 @@ def _group_size(text: str) -> int:
 
 
 def _quantize(args: argparse.Namespace) -> Output:
-    from awq_ext.calibrate import BUILTIN_TEXT
     from awq_ext.checkpoint import check_replaceable, resolve, save_quantized
     from awq_ext.pretrained import load_tokenizer
     from awq_ext.quantizer import quantize
+    from awq_ext.windows import BUILTIN_TEXT
 
     out = Path(args.out).expanduser().absolute()
     check_replaceable(out)  # before the minutes of work

@@ -28,10 +28,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from awq_ext.atomic import replace_directory
-from awq_ext.calibrate import BUILTIN_TEXT, builtin_text
 from awq_ext.errors import AwqError
 from awq_ext.progress import Progress
 from awq_ext.quantizer import quantize
+from awq_ext.windows import BUILTIN_TEXT, builtin_text
 
 SEQ_LEN = 512
 NEW_TOKENS = 48

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from awq_ext import calibrate, llm_awq
+from awq_ext import llm_awq, windows
 from awq_ext.block import METHODS, BlockQuantizer, Calibration, Settings
 from awq_ext.calibrate import BlockInputs
 from awq_ext.checkpoint import save_quantized
@@ -21,12 +21,13 @@ from awq_ext.config import QuantConfig
 from awq_ext.errors import CalibrationError, CheckpointError, UnsupportedModelError
 from awq_ext.experts import open_experts
 from awq_ext.hub import resolve
-from awq_ext.pretrained import is_quantized_directory, load_float, load_tokenizer
+from awq_ext.pretrained import is_quantized_directory, load_float
 from awq_ext.progress import Progress
 from awq_ext.ranks import Ranks
 from awq_ext.report import LinearReport, Report
 from awq_ext.swap import NEVER_CONVERTED, Decision, as_linear, decide
 from awq_ext.trace import SEVERAL_TOKENS, find_blocks
+from awq_ext.windows import BUILTIN_TEXT, Windows
 
 SINGLE_TOKENS = 64  # windows of one token that folds are looked for on: enough to reach most experts of a mixture
 
@@ -35,9 +36,11 @@ def quantize(
     model: Any,
     tokenizer: Any = None,
     *,
-    calibration: Any = calibrate.BUILTIN_TEXT,
+    calibration: Any = BUILTIN_TEXT,
     samples: int | None = None,
     seq_len: int = 512,
+    shuffle: bool = False,
+    pack: bool | None = None,
     seed: int = 0,
     w_bit: int = 4,
     q_group_size: int = 128,
@@ -63,11 +66,14 @@ def quantize(
         model: a transformers model (or any module that is called with token ids and has its decoder blocks in a
             ModuleList), quantized in place, or a directory or hub name to load it from.
         tokenizer: for calibration text; None: loaded from beside the model when ``model`` is a path.
-        calibration: a text file, the name of a dataset on the hub, ``"builtin"`` (CPython's own help text: enough to
-            try things, text like yours is better), a list of texts, or token ids.
-        samples, seq_len: the first ``samples`` x ``seq_len`` tokens of it are used, in order. None: 128 samples, or
-            the 32 that the built-in text is sure to have.
-        seed: of the random signs in the estimate of how much each linear's rows matter.
+        calibration: text, a file, the name of a dataset on the hub, ``"builtin"`` (CPython's own help text: enough to
+            try things, text like yours is better), or a list, dataset, loader or other iterable of texts, of token ids
+            or of batches with ``input_ids`` and ``attention_mask``: all that :func:`awq_ext.windows.read` takes.
+        samples, seq_len: at most ``samples`` x ``seq_len`` tokens of it are used, no more than ``seq_len`` in a row.
+            samples None: 128, or the 32 that the built-in text is sure to have.
+        shuffle: draw the windows or rows by ``seed``, instead of using the first.
+        pack: glue rows and cut them into full windows. None: texts are, token ids are not.
+        seed: of what ``shuffle`` draws, and of the random signs in the estimate of how much each linear's rows matter.
         w_bit: 4.
         q_group_size: input channels that share a scale and a zero; -1 is all of them.
         zero_point: asymmetric codes (AutoAWQ's default). False: every zero is 8.
@@ -122,7 +128,7 @@ def quantize(
     if search_results is not None and method != "awq":
         raise ValueError(f"quantize: search_results are of method 'awq', got method {method!r}")
     if samples is None:
-        samples = 32 if isinstance(calibration, str) and calibration == calibrate.BUILTIN_TEXT else 128
+        samples = 32 if isinstance(calibration, str) and calibration == BUILTIN_TEXT else 128
     start = time.perf_counter()
     progress = progress or Progress()
     results = None
@@ -130,11 +136,9 @@ def quantize(
         results = llm_awq.read_search_results(search_results, allow_pickle=allow_pickle)
     model, source = _load(model)
 
-    def tokens() -> Tensor:
-        data = calibrate.load_text(calibration) if isinstance(calibration, str) else calibration
+    def data() -> Windows:
         home = source if tokenizer is None else tokenizer
-        reads = load_tokenizer(resolve(home)) if isinstance(home, (str, Path)) and calibrate.is_text(data) else home
-        return calibrate.windows(data, reads, samples, seq_len)
+        return windows.read(calibration, home, samples, seq_len, seed=seed, shuffle=shuffle, pack=pack)
 
     with torch.no_grad():
         settings = Settings(
@@ -147,7 +151,7 @@ def quantize(
             scaled_activations=scaled_activations,
             seed=seed,
         )
-        report = _Run(model, settings, progress, results, blocks).run(tokens)
+        report = _Run(model, settings, progress, results, blocks).run(data)
     report.seconds = time.perf_counter() - start
     model.awq_report = report
     if out is not None:
@@ -274,10 +278,10 @@ class _Run:
                     f"group size {wanted}; pass q_group_size={size} (--group-size {size})"
                 )
 
-    def run(self, windows: Callable[[], Tensor]) -> Report:
+    def run(self, data: Callable[[], Windows]) -> Report:
         calibration = None
         if self.settings.method != "rtn" and self.plan is None:
-            calibration = self._calibration(windows())
+            calibration = self._calibration(data())
         names = {name for name, decision in self.decisions.items() if decision.reason is None}
         with self.progress.task("quantize blocks", total=len(self.blocks)) as task:
             index = 0
@@ -307,17 +311,17 @@ class _Run:
             ).to_dict()
         return self.report
 
-    def _calibration(self, rows: Sequence[Tensor] | Tensor) -> Calibration:
-        ids = torch.cat(list(rows))
-        longest = max(map(len, rows))
+    def _calibration(self, data: Windows) -> Calibration:
+        ids = torch.cat(data.rows)
+        longest = max(map(len, data.rows))
         limit = self._check_tokens(ids, longest)
-        self.report.calibration_tokens = len(ids)
+        self.report.calibration_tokens, self.report.calibration = data.tokens, data.note
         # Few tokens, whatever they are, show how a block is made.
         several = min(SEVERAL_TOKENS, max(limit, longest))
         need = max(SINGLE_TOKENS, 2 * several)
         few = ids[:need].repeat(-(-need // len(ids)))
         return Calibration(
-            BlockInputs(self.model, self.blocks, rows, ranks=Ranks()),
+            BlockInputs(self.model, self.blocks, data.rows, ranks=Ranks()),
             BlockInputs(self.model, self.blocks, few[:SINGLE_TOKENS, None], batch=SINGLE_TOKENS),
             BlockInputs(self.model, self.blocks, few[: 2 * several].view(2, several)),
         )

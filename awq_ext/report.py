@@ -52,6 +52,8 @@ class Report:
     search_results: str | None = None
     """Where scales and clips come from if they were not searched: the file of llm-awq's."""
     calibration_tokens: int = 0
+    calibration: str = ""
+    """What the calibration tokens are: how many rows, and what was glued, cut, dropped or left out to make them."""
     seconds: float = 0.0
     linears: list[LinearReport] = field(default_factory=list)
     folds: list[FoldReport] = field(default_factory=list)
@@ -76,6 +78,8 @@ class Report:
         ]
         if self.search_results is not None:
             lines.append(f"scales and clips from {self.search_results}, rounded to nearest")
+        if self.calibration:
+            lines.append(f"calibrated on {self.calibration}")
         measured = [x for x in self.quantized if x.error is not None and x.error_rtn]
         if measured:
             before = sum(x.error_rtn or 0.0 for x in measured) / len(measured)

@@ -16,10 +16,10 @@ from rich.console import Console
 pytest.importorskip("transformers", reason="needs the extra 'hf'")
 
 from awq_ext import _library, cli, demo, evaluate, pretrained
-from awq_ext.calibrate import builtin_text
 from awq_ext.demo import DemoReport, Package, Source, Variant
 from awq_ext.errors import AwqError
 from awq_ext.progress import Progress
+from awq_ext.windows import builtin_text
 
 
 def rendered(report: DemoReport) -> str:

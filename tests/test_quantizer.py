@@ -226,7 +226,7 @@ def test_activations_that_are_not_finite_are_named() -> None:
 
 def test_calibration_data_that_does_not_fit() -> None:
     with pytest.raises(CalibrationError, match="has 128 tokens, but 8 samples of 32 need 256"):
-        run(small_model("llama"), samples=8)
+        run(small_model("llama"), calibration=ids().flatten(), samples=8)
     with pytest.raises(CalibrationError, match="vocabulary"):
         run(small_model("llama"), calibration=ids() + 90)
     with pytest.raises(CalibrationError, match="128 positions"):
