@@ -37,6 +37,9 @@ struct Kernels {
   bool (*quantization_error)(const float* w, const float* scale, const float* inv_scale, float* d, std::int64_t k,
                              std::int64_t group, Rounding to) noexcept;
 
+  /// d = dequantize(code of w) - w for `count` weights of one group.
+  void (*rounding_error)(const float* w, GroupParameters p, std::int64_t count, float* d) noexcept;
+
   /// loss[r] = d_r G d_r^T for `rows` rows of d, [rows, padded(k)] with zeros beyond k, from the packed triangle.
   void (*gram_loss)(const float* d, std::int64_t rows, const float* triangle, std::int64_t k, double* loss) noexcept;
 

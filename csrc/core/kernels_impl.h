@@ -213,8 +213,23 @@ void prepare_row(const LinearArgs& a, std::int64_t row, float* x, float* x_sum) 
 bool quantization_error(const float* w, const float* scale, const float* inv_scale, float* d, std::int64_t k,
                         std::int64_t group, Rounding to) noexcept {
   for (std::int64_t g = 0; g < k; g += group) {
+    // Ends do not depend on the order of the values, nor does whether poison is NaN: each lane may have its own.
+    Floats lows{}, highs{}, poisons{};
+    std::int64_t i = g;
+    for (; i + kLanes <= g + group; i += kLanes) {
+      const Floats v = load(w + i) * load(scale + i);
+      store(d + i, v);
+      lows = v < lows ? v : lows;
+      highs = v > highs ? v : highs;
+      poisons += v * 0.0f;
+    }
     float lo = 0.0f, hi = 0.0f, poison = 0.0f;
-    for (std::int64_t i = g; i < g + group; ++i) {
+    for (int c = 0; c < kLanes; ++c) {
+      lo = lows[c] < lo ? lows[c] : lo;
+      hi = highs[c] > hi ? highs[c] : hi;
+      poison += poisons[c];
+    }
+    for (; i < g + group; ++i) {
       const float v = w[i] * scale[i];
       d[i] = v;
       lo = v < lo ? v : lo;
@@ -223,9 +238,13 @@ bool quantization_error(const float* w, const float* scale, const float* inv_sca
     }
     const GroupParameters p = group_parameters(lo + poison, hi + poison, to);
     if (!(p.scale - p.scale == 0.0f)) return false;
-    for (std::int64_t i = g; i < g + group; ++i) d[i] = dequantize_code(round_code(d[i], p), p) * inv_scale[i] - w[i];
+    for (i = g; i < g + group; ++i) d[i] = dequantize_code(round_code(d[i], p), p) * inv_scale[i] - w[i];
   }
   return true;
+}
+
+void rounding_error(const float* w, GroupParameters p, std::int64_t count, float* d) noexcept {
+  for (std::int64_t i = 0; i < count; ++i) d[i] = dequantize_code(round_code(w[i], p), p) - w[i];
 }
 
 void gram_loss(const float* d, std::int64_t rows, const float* triangle, std::int64_t k, double* loss) noexcept {
@@ -250,8 +269,8 @@ void gram_loss(const float* d, std::int64_t rows, const float* triangle, std::in
 }
 
 constexpr Kernels make_kernels(const char* name) {
-  return {name,      kStrip,     kPanel,       linear_decode, linear_gemm, prepare_row, quantization_error,
-          gram_loss, pack_tiles, unpack_tiles, repack_tiles};
+  return {name,           kStrip,    kPanel,     linear_decode, linear_gemm, prepare_row, quantization_error,
+          rounding_error, gram_loss, pack_tiles, unpack_tiles,  repack_tiles};
 }
 
 }  // namespace

@@ -120,7 +120,7 @@ struct ClipGroup {
     for (std::int64_t t = 0; t < candidates; ++t) {
       const GroupParameters p = group_parameters(shrunk(lo, t * lo_step), shrunk(hi, t * hi_step), args.to);
       float* d = errors + t * ld;
-      for (std::int64_t i = 0; i < g; ++i) d[i] = dequantize_code(round_code(w[i], p), p) - w[i];
+      args.kernels->rounding_error(w, p, g, d);
       std::fill(d + g, d + ld, 0.0f);
     }
     args.kernels->gram_loss(errors, candidates, triangle, g, loss);
