@@ -11,9 +11,10 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -27,9 +28,9 @@ from awq_ext.hub import resolve
 from awq_ext.layouts import FLOATS, check_scales, layouts
 from awq_ext.linear import AwqLinear
 from awq_ext.names import Names
-from awq_ext.relayout import Converted
+from awq_ext.relayout import Converted, Target
 from awq_ext.scaled import ScaledActivation, insert_scaled_activations
-from awq_ext.storage import NAME_OF, Writer, bytes_of, write_order
+from awq_ext.storage import NAME_OF, TensorInfo, Writer, bytes_of, write_order
 from awq_ext.swap import as_linear
 
 if TYPE_CHECKING:
@@ -91,22 +92,23 @@ def load_quantized(
         dtype = _stored_dtype(checkpoint)
     if dtype not in DTYPES.values():
         raise ValueError(f"dtype must be float32, float16 or bfloat16, got {dtype}")
-    model = _skeleton(checkpoint, dtype)
+    model = skeleton(checkpoint, dtype)
     names = Names(model)
     open_experts(model, stored={names.in_model(name) for name in checkpoint.info})
     _swap_linears(checkpoint, model)
     insert_scaled_activations(checkpoint, model)
-    _fill(checkpoint, model, torch.device(device), dtype)
-    if read_json(checkpoint.path, "generation_config.json") is not None:
-        from transformers import GenerationConfig
-
-        try:
-            model.generation_config = GenerationConfig.from_pretrained(checkpoint.path)
-        except Exception as error:  # whatever a wrong value leads to
-            raise CheckpointError(f"{checkpoint.path / 'generation_config.json'} is not valid: {error}") from error
+    places = Places(checkpoint, model, dtype)
+    places.fill(places.of, device)
+    model.to(torch.device(device))  # type: ignore[arg-type]  # the buffers that are in no file
+    check_filled(model)
     model.config.quantization_config = replace(stored.quant, version="gemm", zero_point=True).to_dict()
-    model.eval()
     return model
+
+
+def check_filled(model: nn.Module) -> None:
+    left = [name for name, t in (*model.named_parameters(), *model.named_buffers()) if t.is_meta]
+    if left:
+        raise UnsupportedModelError(f"{type(model).__name__} keeps weights outside its state dict: {_some(left)}")
 
 
 def _stored_dtype(checkpoint: Converted) -> torch.dtype:
@@ -125,11 +127,15 @@ def _text_fields(config: dict[str, Any]) -> list[dict[str, Any]]:
     return [fields for fields in (config, config.get("text_config")) if isinstance(fields, dict)]
 
 
-def _skeleton(checkpoint: Converted, dtype: torch.dtype) -> PreTrainedModel:
-    """The model with parameters on the meta device and real buffers (rotary frequencies are in no file)."""
+def skeleton(checkpoint: Stored, dtype: torch.dtype) -> PreTrainedModel:
+    """The model with parameters on the meta device and real buffers (rotary frequencies are in no file).
+
+    Raises UnsupportedModelError if transformers has no such causal language model, CheckpointError if the files that
+    describe it make no sense.
+    """
     try:
         from accelerate import init_empty_weights
-        from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
+        from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, GenerationConfig
     except ImportError as error:
         raise CheckpointError(
             f"a model needs transformers and accelerate: pip install 'awq_ext[hf]' ({error})"
@@ -157,7 +163,12 @@ def _skeleton(checkpoint: Converted, dtype: torch.dtype) -> PreTrainedModel:
         model.tie_weights()  # init_empty_weights gives each of two tied parameters a tensor of its own
     except Exception as error:  # whatever a wrong value leads to, deep in a model's constructor
         raise CheckpointError(f"{file} does not describe a '{kind}' model: {type(error).__name__}: {error}") from error
-    return model
+    if read_json(checkpoint.path, "generation_config.json") is not None:
+        try:
+            model.generation_config = GenerationConfig.from_pretrained(checkpoint.path)
+        except Exception as error:  # whatever a wrong value leads to
+            raise CheckpointError(f"{checkpoint.path / 'generation_config.json'} is not valid: {error}") from error
+    return model.eval()
 
 
 def _swap_linears(checkpoint: Converted, model: nn.Module) -> None:
@@ -182,55 +193,90 @@ def _swap_linears(checkpoint: Converted, model: nn.Module) -> None:
         setattr(modules[parent], child, AwqLinear(*expected, bias=bias, group_size=linear.group_size, device="meta"))
 
 
-def _fill(checkpoint: Converted, model: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> None:
-    """Give every parameter and persistent buffer its stored value on ``device``."""
-    tensors, names = model.state_dict(keep_vars=True), Names(model)
-    stored_as = {names.in_model(name): name for name in checkpoint.info}
-    in_model = {stored_as.get(name, name): name for name in tensors}
-    state = {name: tensors[there] for name, there in in_model.items()}
-    names_of: dict[int, list[str]] = {}  # identity of a tensor -> all its names: tied weights have several
-    for name, tensor in state.items():
-        names_of.setdefault(id(tensor), []).append(name)
-    wanted = _match(checkpoint, model, state, list(names_of.values()))
+class Stored(Protocol):
+    """Tensors in files; those of `linears` (full names) keep their types."""
 
-    float32 = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
-    if dtype == torch.float16:
-        float32 |= set(getattr(model, "_keep_in_fp32_modules", None) or ())
-    in_float32 = re.compile("|".join(rf"(^|\.){part}($|\.)" for part in sorted(float32)) or r"(?!)")
-
-    filled: dict[int, tuple[str, Tensor]] = {}  # identity of a tensor -> what it was filled from, and with
-    for name, stored in checkpoint.tensors(wanted):
-        target = state[name]
-        if name.rpartition(".")[0] in checkpoint.linears or not target.is_floating_point():
-            to = stored.dtype
-        elif isinstance(target, nn.Parameter):
-            to = torch.float32 if in_float32.search(in_model[name]) else dtype
-        else:
-            to = target.dtype
-        value = stored.to(device, to)
-        first, held = filled.setdefault(id(target), (name, value))
-        if first == name:
-            _assign(model, [in_model[name] for name in names_of[id(target)]], value, target)
-        elif not torch.equal(held, value):
-            raise CheckpointError(
-                f"{checkpoint.path}: config.json ties {name} to {first}, but their values differ; "
-                "set 'tie_word_embeddings' to false there if they are meant to"
-            )
-    model.to(device)  # type: ignore[arg-type]  # the buffers that are in no file
-    left = [name for name, t in (*model.named_parameters(), *model.named_buffers()) if t.is_meta]
-    if left:
-        raise UnsupportedModelError(f"{type(model).__name__} keeps weights outside its state dict: {_some(left)}")
+    @property
+    def path(self) -> Path: ...
+    @property
+    def config(self) -> dict[str, Any]: ...
+    @property
+    def info(self) -> Mapping[str, TensorInfo | Target]: ...
+    @property
+    def linears(self) -> Collection[str]: ...
+    def tensors(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]: ...
 
 
-def _assign(model: nn.Module, names: list[str], value: Tensor, target: Tensor) -> None:
+class Places:
+    """Which stored tensor belongs where in a model made by `skeleton`, and in which type."""
+
+    def __init__(self, checkpoint: Stored, model: PreTrainedModel, dtype: torch.dtype) -> None:
+        """Raises CheckpointError, naming tensors, unless files and model agree on names, shapes and kinds."""
+        self.checkpoint, self.model = checkpoint, model
+        tensors, names = model.state_dict(keep_vars=True), Names(model)
+        stored_as = {names.in_model(name): name for name in checkpoint.info}
+        in_model = {stored_as.get(name, name): name for name in tensors}
+        state = {name: tensors[there] for name, there in in_model.items()}
+        tied: dict[int, list[str]] = {}  # identity of a tensor -> all its names: tied weights have several
+        for name, tensor in state.items():
+            tied.setdefault(id(tensor), []).append(name)
+        wanted = _match(checkpoint, model, state, list(tied.values()))
+
+        float32 = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+        if dtype == torch.float16:
+            float32 |= set(getattr(model, "_keep_in_fp32_modules", None) or ())
+        in_float32 = re.compile("|".join(rf"(^|\.){part}($|\.)" for part in sorted(float32)) or r"(?!)")
+
+        self.of: dict[str, tuple[str, ...]] = {}
+        """For each stored tensor, its names in the model."""
+        self._types: dict[str, torch.dtype | None] = {}
+        for name in wanted:
+            target = state[name]
+            self.of[name] = tuple(in_model[other] for other in tied[id(target)])
+            if name.rpartition(".")[0] in checkpoint.linears or not target.is_floating_point():
+                self._types[name] = None
+            elif isinstance(target, nn.Parameter):
+                self._types[name] = torch.float32 if in_float32.search(in_model[name]) else dtype
+            else:
+                self._types[name] = target.dtype
+
+    def values(self, stored: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        """These stored tensors in the types that the model has them in."""
+        for name, value in self.checkpoint.tensors(stored):
+            yield name, value.to(self._types[name] or value.dtype)
+
+    def fill(self, stored: Iterable[str], device: torch.device | str = "cpu") -> None:
+        """Give these tensors their places in the model. Raises CheckpointError if tied ones differ."""
+        filled: dict[tuple[str, ...], tuple[str, Tensor]] = {}
+        for name, value in self.values(stored):
+            first, held = filled.setdefault(self.of[name], (name, value))
+            if first == name:
+                _assign(self.model, self.of[name], value.to(device))
+            elif not torch.equal(held, value):
+                raise CheckpointError(
+                    f"{self.checkpoint.path}: config.json ties {name} to {first}, but their values differ; "
+                    "set 'tie_word_embeddings' to false there if they are meant to"
+                )
+
+    def clear(self, stored: Iterable[str]) -> None:
+        """Put these tensors back on the meta device."""
+        for name in stored:
+            *parents, last = self.of[name][0].split(".")
+            held = getattr(self.model.get_submodule(".".join(parents)), last)
+            _assign(self.model, self.of[name], torch.empty_like(held, device="meta"))
+
+
+def _assign(model: nn.Module, names: Sequence[str], value: Tensor) -> None:
     """Put one tensor in all the places where the model has it."""
-    tensor = nn.Parameter(value, target.requires_grad) if isinstance(target, nn.Parameter) else value
+    parent, _, child = names[0].rpartition(".")
+    held = getattr(model.get_submodule(parent), child)
+    tensor = nn.Parameter(value, held.requires_grad) if isinstance(held, nn.Parameter) else value
     for name in names:
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, tensor)
 
 
-def _match(checkpoint: Converted, model: PreTrainedModel, state: dict[str, Tensor], tied: list[list[str]]) -> list[str]:
+def _match(checkpoint: Stored, model: PreTrainedModel, state: dict[str, Tensor], tied: list[list[str]]) -> list[str]:
     """The stored names to load; raises CheckpointError unless files and model agree on names, shapes and types."""
     missing = [names[0] for names in tied if not any(name in checkpoint.info for name in names)]
     if missing:
@@ -284,6 +330,22 @@ def save_quantized(
     model; if there is too little space or writing fails; if scales are not finite and non-zero or group sizes differ.
     UnsupportedModelError if the model is no transformers model with an AwqLinear.
     """
+    return write_checkpoint(model, out, tokenizer, max_shard_size=max_shard_size, source=source)
+
+
+def write_checkpoint(
+    model: PreTrainedModel,
+    out: str | os.PathLike[str],
+    tokenizer: PreTrainedTokenizerBase | None,
+    *,
+    max_shard_size: int | str = "5GB",
+    source: str | os.PathLike[str] | None,
+    read: Callable[[str], Tensor] | None = None,
+) -> Path:
+    """:func:`save_quantized` of a model whose tensors may be on the meta device if ``read`` gives their values.
+
+    ``read`` is called with the model's name of each of them when it is written, and not before.
+    """
     from transformers import PreTrainedModel
 
     if not isinstance(model, PreTrainedModel):
@@ -291,7 +353,7 @@ def save_quantized(
     out = Path(out).expanduser().absolute()
     check_replaceable(out)
     quant = _describe(model)
-    tensors = _tensors_to_write(model)
+    tensors, in_model = _tensors_to_write(model, on_meta=read is not None)
     source = None if source is None else Path(source)
     if source is not None and not source.is_dir():
         raise CheckpointError(f"{source}, to copy tokenizer files from, is not a directory")
@@ -307,7 +369,12 @@ def save_quantized(
             _write_json(partial / "config.json", _config_fields(model, quant))
             if model.can_generate():
                 model.generation_config.to_json_file(partial / "generation_config.json")
-            _write_weights(partial, tensors, max_shard_size)
+            _write_weights(
+                partial,
+                tensors,
+                lambda name: read(in_model[name]) if read and tensors[name].is_meta else tensors[name],
+                max_shard_size,
+            )
             for pattern in TOKENIZER_FILES if source is not None else ():
                 for file in source.glob(pattern):  # type: ignore[union-attr]
                     shutil.copyfile(file, partial / file.name)
@@ -353,45 +420,65 @@ def _describe(model: PreTrainedModel) -> QuantConfig:
     sizes = {module.group_size for module in linears.values()}
     if len(sizes) > 1 and any(module.group_size != module.in_features for module in linears.values()):
         raise CheckpointError(f"a checkpoint has one group size for all its linears, the model has {sorted(sizes)}")
-    stated = getattr(model.config, "quantization_config", None)
-    listed = stated.get("modules_to_not_convert") if isinstance(stated, dict) else None
-    head, names = model.get_output_embeddings(), Names(model)
-    # Readers that convert every Linear must be told which ones are plain, by names that can mean nothing else; the
-    # head they never convert, unless somebody has listed it. What is no Linear here may be one there: a router.
-    skipped = [
-        names.in_files(f"{name}.weight").removesuffix(".weight")
-        for name, module in model.named_modules()
-        if any(weight.dim() > 1 for weight in module.parameters(recurse=False))
-        and not isinstance(module, nn.Embedding)
-        and (module is not head or any(part in name for part in listed or ()))
-    ]
     # Zeros are always stored (8 everywhere for symmetric rounding), and readers may refuse to look for them at False.
     return QuantConfig(
-        group_size=-1 if len(sizes) > 1 else sizes.pop(), zero_point=True, modules_to_not_convert=tuple(skipped)
+        group_size=-1 if len(sizes) > 1 else sizes.pop(), zero_point=True, modules_to_not_convert=_skipped(model)
     )
 
 
-def _tensors_to_write(model: PreTrainedModel) -> dict[str, Tensor]:
-    """The state dict with each tied tensor once, under its first name, as files have it (:mod:`awq_ext.names`)."""
+def _skipped(model: PreTrainedModel) -> tuple[str, ...]:
+    """Names for readers that convert every Linear: of those that are none here.
+
+    What is no Linear here may be one there, as a router is. AutoAWQ looks for each name in that of a linear within its
+    block, transformers 4, vLLM and SGLang in the whole name, transformers 5 at its end: so it is the name within the
+    block, where no quantized linear's has it in it, and else the whole. The head they never convert, unless somebody
+    has listed it.
+    """
+    stated = getattr(model.config, "quantization_config", None)
+    listed = (stated.get("modules_to_not_convert") if isinstance(stated, dict) else None) or ()
+    head, names = model.get_output_embeddings(), Names(model)
+    quantized, plain = [], []
+    for name, module in model.named_modules():
+        there = names.in_files(f"{name}.weight").removesuffix(".weight")
+        if isinstance(module, AwqLinear):
+            quantized.append(there)
+        elif module is head:
+            plain += [there] if any(part in there for part in listed) else []
+        elif not isinstance(module, nn.Embedding) and any(p.dim() > 1 for p in module.parameters(recurse=False)):
+            plain.append(there)
+    within = {name: re.split(r"\.\d+\.", name, maxsplit=1)[-1] for name in plain}
+    keys = [name if any(within[name] in other for other in quantized) else within[name] for name in plain]
+    return tuple(dict.fromkeys(keys))
+
+
+def _tensors_to_write(model: PreTrainedModel, on_meta: bool) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The state dict with each tied tensor once, under its first name, as files have it (:mod:`awq_ext.names`).
+
+    Also the model's own name for each. ``on_meta``: tensors may be on the meta device.
+    """
     names = Names(model)
     with_scales = (AwqLinear, ScaledActivation)
     scales = {f"{name}.scales" for name, module in model.named_modules() if isinstance(module, with_scales)}
     tensors: dict[str, Tensor] = {}
+    in_model: dict[str, str] = {}
     seen: set[int] = set()
     for name, tensor in model.state_dict(keep_vars=True).items():
-        if tensor.is_meta:
+        if tensor.is_meta and not on_meta:
             raise UnsupportedModelError(f"{name} is on the meta device, so it has no value to write; load it first")
         if id(tensor) in seen:
             continue
         seen.add(id(tensor))
         tensor = tensor.detach()
-        if name in scales and tensor.dtype == torch.float32 and torch.equal(tensor.half().float(), tensor):
+        exact = name in scales and tensor.dtype == torch.float32 and not tensor.is_meta
+        if exact and torch.equal(tensor.half().float(), tensor):
             tensor = tensor.half()
-        tensors[names.in_files(name)] = tensor
-    return tensors
+        tensors[names.in_files(name)], in_model[names.in_files(name)] = tensor, name
+    return tensors, in_model
 
 
-def _write_weights(path: Path, tensors: dict[str, Tensor], max_shard_size: int | str) -> None:
+def _write_weights(
+    path: Path, tensors: dict[str, Tensor], read: Callable[[str], Tensor], max_shard_size: int | str
+) -> None:
     from huggingface_hub import split_torch_state_dict_into_shards
 
     split = split_torch_state_dict_into_shards(
@@ -403,7 +490,7 @@ def _write_weights(path: Path, tensors: dict[str, Tensor], max_shard_size: int |
         # Without this remark transformers refuses the file.
         with Writer(path / file, [(name, *kinds[name]) for name in order], {"format": "pt"}) as writer:
             for name in order:
-                writer.write(name, bytes_of(tensors[name]))
+                writer.write(name, bytes_of(read(name)))
     if split.is_sharded:
         weight_map = dict(sorted(split.tensor_to_filename.items()))
         _write_json(path / INDEX, {"metadata": split.metadata, "weight_map": weight_map})
@@ -422,6 +509,9 @@ def _config_fields(model: PreTrainedModel, quant: QuantConfig) -> dict[str, Any]
     head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
     if head is not None and head.weight is not embeddings.weight and getattr(config, "tie_word_embeddings", False):
         fields["tie_word_embeddings"] = False  # loaded from files that contradict their config; both are written
+    for older, newer in config.attribute_map.items():  # transformers 4 knows Qwen3-MoE's num_experts by that name only
+        if "expert" in older and newer in fields:
+            fields.setdefault(older, fields[newer])
     rope = fields.get("rope_parameters")
     if isinstance(rope, dict) and "rope_theta" in rope:  # transformers 4 has these at the top
         apart = ("rope_theta", "partial_rotary_factor")
