@@ -13,7 +13,7 @@ __version__ = "0.1.0"
 try:
     _library.load()
 
-    from awq_ext import functional, ops
+    from awq_ext import evaluate, functional, ops
     from awq_ext.auto import AutoAWQForCausalLM
     from awq_ext.checkpoint import load_quantized, save_quantized
     from awq_ext.convert import convert
@@ -44,6 +44,7 @@ __all__ = [
     "LibraryError",
     "UnsupportedModelError",
     "convert",
+    "evaluate",
     "functional",
     "load_quantized",
     "ops",

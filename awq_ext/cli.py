@@ -139,28 +139,49 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("model", metavar="MODEL", help="directory or hub name of a model that is not quantized")
     sub.add_argument("out", metavar="OUT", help="directory to write")
     sub.add_argument(
-        "--group-size", type=_group_size, default=128, metavar="G", help="input channels that share a scale"
-    )
-    sub.add_argument(
         "--method",
         choices=("awq", "awq+", "gptq", "rtn"),
         default="awq",
-        help="awq+: awq with the codes of a weight chosen together; gptq: that without scales; "
-        "rtn: round to nearest, no calibration",
+        help="awq (default): scales and clipped ranges are searched; awq+: also the codes of a weight are chosen "
+        "together; gptq: that without scales; rtn: round to nearest, no calibration",
     )
-    sub.add_argument("--calibration", metavar="FILE_OR_DATASET", help="text like that the model will work on")
     sub.add_argument(
-        "--samples", type=_positive, metavar="N", help="calibration windows (default: 128, without --calibration 32)"
+        "--group-size",
+        type=_group_size,
+        default=128,
+        metavar="G",
+        help="input channels that share a scale; -1: all of them (default: 128)",
     )
-    sub.add_argument("--seq-len", type=_positive, default=512, metavar="N", help="tokens of a calibration window")
-    sub.add_argument("--seed", type=int, default=0, metavar="N")
     sub.add_argument("--no-zero-point", action="store_true", help="symmetric codes")
-    sub.add_argument("--skip", action="append", metavar="NAME", help="keep linears whose name has this in it (repeat)")
     sub.add_argument("--no-clip", action="store_true", help="no search for clipped ranges")
-    sub.add_argument(
-        "--search-results", metavar="FILE", help="apply the scales and clips that llm-awq found (--dump_awq), no search"
+    sub.add_argument("--skip", action="append", metavar="NAME", help="keep linears whose name has this in it (repeat)")
+    sub.add_argument("--blocks", metavar="NAME", help="the list of decoder blocks (default: the one with most weights)")
+    data = sub.add_argument_group("calibration", "At most --samples x --seq-len tokens are read.")
+    data.add_argument(
+        "--calibration",
+        metavar="SOURCE",
+        help="text like that the model will work on: a text file; a .jsonl, .json, .csv or .parquet file of rows; "
+        "NAME or NAME:SPLIT of a dataset on the hub (default: Python's own help text)",
     )
-    _add_allow_pickle(sub)
+    data.add_argument(
+        "--samples", type=_positive, metavar="N", help="windows of the text (default: 128, without --calibration 32)"
+    )
+    data.add_argument("--seq-len", type=_positive, default=512, metavar="N", help="tokens of a window (default: 512)")
+    data.add_argument(
+        "--pack",
+        action=argparse.BooleanOptionalAction,
+        help="glue rows into full windows (default: texts, not token ids)",
+    )
+    data.add_argument("--shuffle", action="store_true", help="draw the windows or rows by --seed, not the first ones")
+    data.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="of --shuffle and the estimates of the search (default: 0)"
+    )
+    data.add_argument(
+        "--search-results",
+        metavar="FILE",
+        help="no calibration: apply the scales and clips that llm-awq found (its --dump_awq)",
+    )
+    _add_allow_pickle(data)
 
     sub = command("ppl", _eval, "Perplexity of a model, quantized or not, on a text.")
     _add_model(sub)
@@ -212,7 +233,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_allow_pickle(sub: argparse.ArgumentParser) -> None:
+def _add_allow_pickle(sub: argparse._ActionsContainer) -> None:
     sub.add_argument(
         "--allow-pickle", action="store_true", help="read a .pt file, with torch.load(weights_only=True) and checks"
     )
@@ -282,6 +303,8 @@ def _quantize(args: argparse.Namespace) -> Output:
         calibration=args.calibration or BUILTIN_TEXT,
         samples=args.samples,
         seq_len=args.seq_len,
+        shuffle=args.shuffle,
+        pack=args.pack,
         seed=args.seed,
         q_group_size=args.group_size,
         zero_point=not args.no_zero_point,
@@ -290,6 +313,7 @@ def _quantize(args: argparse.Namespace) -> Output:
         apply_clip=not args.no_clip,
         search_results=args.search_results,
         allow_pickle=args.allow_pickle,
+        blocks=args.blocks,
         progress=Progress(),
     )
     save_quantized(model, out, tokenizer, source=source)

@@ -136,9 +136,35 @@ def test_quantize_says_what_it_did(tiny_llama, text, tmp_path, capsys):
     assert cli.main(["quantize", str(tiny_llama), str(tmp_path / "out"), *QUICK, "--calibration", str(text)]) == 0
     out, err = capsys.readouterr()
     assert "14 linears quantized to 4 bits in groups of 32 (awq)" in out
+    assert "calibrated on 128 tokens in 2 windows of 64, the rest left out" in out.replace("; ", ", ")
     assert "lm_head" in out
     assert f"saved to {tmp_path / 'out'}" in out
     assert err == ""  # no bars, no notices of libraries where nobody watches
+
+
+def test_quantize_draws_rows_of_a_file_by_seed(tiny_llama, tmp_path, run):
+    pytest.importorskip("datasets", reason="needs the extra 'hf'")
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"text": f"row {i}: {TEXT[i : i + 90]}"}) + "\n" for i in range(60)))
+    options = ["--calibration", rows, "--no-pack", "--samples", 4, "--seq-len", 32, "--group-size", 32]
+    drawn = run("quantize", tiny_llama, tmp_path / "a", *options, "--shuffle", "--seed", 7, "--blocks", "model.layers")
+    assert drawn["calibration_tokens"] == 128
+    assert ", drawn with seed 7 from the first 60" in drawn["calibration"]
+    model = awq_ext.quantize(
+        str(tiny_llama),
+        calibration=[json.loads(line) for line in rows.read_text().splitlines()],
+        samples=4,
+        seq_len=32,
+        q_group_size=32,
+        shuffle=True,
+        pack=False,
+        seed=7,
+    )
+    saved = load_quantized(tmp_path / "a").state_dict()
+    assert all(torch.equal(saved[name], tensor) for name, tensor in model.state_dict().items())
+    run("quantize", tiny_llama, tmp_path / "b", *options, "--seed", 7)
+    first = load_quantized(tmp_path / "b").state_dict()
+    assert any(not torch.equal(first[name], saved[name]) for name in saved)
 
 
 def test_quantize_notes_that_the_builtin_text_is_a_makeshift(tiny_llama, tmp_path, capsys):
@@ -195,6 +221,7 @@ def test_quantize_refuses_what_it_cannot_do(tiny_llama, quantized, copy, text, t
     message = fail("quantize", tiny_llama, out, "--calibration", text, "--samples", "1000")
     assert "1000 samples of 512" in message
     assert "not a file" in fail("quantize", tiny_llama, out, "--calibration", tmp_path / "no.txt")
+    assert "no_such_list" in fail("quantize", tiny_llama, out, "--calibration", text, "--blocks", "no_such_list")
     assert not out.exists()
     edit_json(copy / "config.json", model_type="no-such-thing", architectures=["NoSuchThing"])
     assert "no-such-thing" in fail("quantize", copy, out, "--method", "rtn")

@@ -285,6 +285,22 @@ def test_padding_goes_by_the_mask(kind: Callable[[Tensor], Any]) -> None:
     assert "9 tokens of padding taken off by the mask" in windows.note
 
 
+def test_a_model_is_quantized_for_the_rows_without_their_padding(tiny_llama: Path) -> None:
+    from awq_ext import quantize
+
+    ids = torch.randint(3, 320, (6, 24), generator=torch.Generator().manual_seed(0))
+    lengths = [24, 9, 17, 24, 2, 13]
+    mask = torch.stack([torch.arange(24) < length for length in lengths])
+    options: dict[str, Any] = {"samples": 6, "seq_len": 24, "q_group_size": 32, "method": "awq+"}
+    left = {"input_ids": ids.flip(1) * mask.flip(1), "attention_mask": mask.flip(1)}
+    rows = [row[-length:] for row, length in zip(ids.flip(1), lengths, strict=True)]
+    padded, plain = (quantize(str(tiny_llama), calibration=source, **options) for source in ([left], rows))
+    assert padded.awq_report.calibration_tokens == sum(lengths)
+    assert "tokens of padding taken off by the mask" in padded.awq_report.calibration
+    expected = plain.state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in padded.state_dict().items())
+
+
 def test_padding_without_a_mask_goes_by_the_pad_token() -> None:
     for source in (PADDED, [PADDED], {"input_ids": PADDED}, PADDED.tolist(), list(PADDED)):
         windows = read(source, special(pad=9), 4, 5)
