@@ -509,9 +509,9 @@ def _config_fields(model: PreTrainedModel, quant: QuantConfig) -> dict[str, Any]
     head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
     if head is not None and head.weight is not embeddings.weight and getattr(config, "tie_word_embeddings", False):
         fields["tie_word_embeddings"] = False  # loaded from files that contradict their config; both are written
-    for older, newer in config.attribute_map.items():  # transformers 4 knows Qwen3-MoE's num_experts by that name only
-        if "expert" in older and newer in fields:
-            fields.setdefault(older, fields[newer])
+    for name, stored in config.attribute_map.items():  # transformers 4 knows Qwen3-MoE's num_experts by that name only
+        if "expert" in name and stored in fields:
+            fields.setdefault(name, fields[stored])
     rope = fields.get("rope_parameters")
     if isinstance(rope, dict) and "rope_theta" in rope:  # transformers 4 has these at the top
         apart = ("rope_theta", "partial_rotary_factor")
