@@ -85,17 +85,18 @@ class BlockQuantizer:
         """
         return _Work(self, index, block, prefix, names).run()
 
-    def skip(self, index: int, original: nn.Module, quantized: Callable[[], nn.Module]) -> None:
-        """Move the inputs on through a block that has been quantized before."""
-        if self.calibration is None:
-            return
-        original.float()
-        self.calibration.rows.advance(index, original)
-        self.calibration.several.advance(index, original)
-        if self.settings.method in COMPENSATING:
-            block = quantized()
+    def skip(self, index: int, block: nn.Module, install: Callable[[], None]) -> None:
+        """Move the inputs on through a block that has been quantized before; ``install`` makes it what it was then."""
+        if self.calibration is not None:
+            block.float().requires_grad_(False)
+            self.calibration.rows.advance(index, block)
+            self.calibration.several.advance(index, block)
+        install()
+        if self.calibration is not None and self.settings.method in COMPENSATING:
             dtypes = {name: parameter.dtype for name, parameter in block.named_parameters()}
-            self.calibration.rows.advance_quantized(index, block.float())
+            for parameter in block.parameters():
+                parameter.data = parameter.data.float()
+            self.calibration.rows.advance_quantized(index, block)
             _restore(block, dtypes)
 
 

@@ -131,7 +131,7 @@ class BlockInputs:
         accepted = inspect.signature(model.forward).parameters.values()
         knows_cache = any(p.name == "use_cache" or p.kind is p.VAR_KEYWORD for p in accepted)
         options = {"use_cache": False} if knows_cache else {}
-        device = next(model.parameters()).device
+        device = next(blocks[0].parameters()).device
         with ExitStack() as restored:
             for index, block in enumerate(blocks):
                 restored.enter_context(_forward_replaced(block, stand_in(index, block.forward)))

@@ -2,31 +2,36 @@
 
 from __future__ import annotations
 
+import hashlib
 import resource
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+import awq_ext
 from awq_ext import llm_awq, windows
-from awq_ext.block import METHODS, BlockQuantizer, Calibration, Settings
+from awq_ext.block import METHODS, BlockQuantizer, BlockReport, Calibration, Settings
+from awq_ext.block_files import BlockFiles
 from awq_ext.calibrate import BlockInputs
-from awq_ext.checkpoint import save_quantized
+from awq_ext.checkpoint import check_replaceable, load_quantized, write_checkpoint
 from awq_ext.config import QuantConfig
 from awq_ext.errors import CalibrationError, CheckpointError, UnsupportedModelError
-from awq_ext.experts import open_experts
 from awq_ext.hub import resolve
+from awq_ext.original import Original, open_original
 from awq_ext.pretrained import is_quantized_directory, load_float
 from awq_ext.progress import Progress
 from awq_ext.ranks import Ranks
 from awq_ext.report import LinearReport, Report
+from awq_ext.storage import bytes_of
 from awq_ext.swap import NEVER_CONVERTED, Decision, as_linear, decide
-from awq_ext.trace import SEVERAL_TOKENS, find_blocks
+from awq_ext.trace import SEVERAL_TOKENS
 from awq_ext.windows import BUILTIN_TEXT, Windows
 
 SINGLE_TOKENS = 64  # windows of one token that folds are looked for on: enough to reach most experts of a mixture
@@ -55,6 +60,8 @@ def quantize(
     allow_pickle: bool = False,
     blocks: str | None = None,
     out: Any = None,
+    resume: bool = False,
+    load: bool = True,
     progress: Progress | None = None,
 ) -> nn.Module:
     """Quantize a causal language model of any architecture to 4 bits with AWQ.
@@ -97,7 +104,13 @@ def quantize(
         allow_pickle: whether ``search_results`` may be a file: it is a pickle, read with
             ``torch.load(weights_only=True)``.
         blocks: the name of the list of decoder blocks. None: the ModuleList that holds the most weights.
-        out: a directory to save the checkpoint to (see :func:`awq_ext.save_quantized`).
+        out: a directory to save the checkpoint to (see :func:`awq_ext.save_quantized`). A ``model`` that is a directory
+            or hub name is read from its files one block at a time, and each block written as soon as it is quantized,
+            to ``.<name of out>.blocks`` beside ``out``, so no more than one block is in memory.
+        resume: go on after the last block that an interrupted call with the same arguments has finished. The result
+            has the same bytes as without the interruption.
+        load: False: if the result has been written to ``out`` and is not in memory, leave it there; the model that is
+            returned has an ``awq_report``, but no weights.
         progress: where to show progress; None: bars on stderr if that is a terminal.
 
     Returns:
@@ -109,12 +122,15 @@ def quantize(
         UnsupportedModelError: a model without a list of blocks, or quantized already; weights that are not finite or
             not floating point.
         CalibrationError: too little calibration data, or activations that are not finite.
-        CheckpointError: search results that cannot be read, do not fit the model, or are of another group size; or
-            what :func:`awq_ext.save_quantized` raises.
-        ValueError: arguments that make no sense.
+        CheckpointError: search results that cannot be read, do not fit the model, or are of another group size; blocks
+            to be resumed of other settings; or what :func:`awq_ext.save_quantized` raises.
+        ValueError: arguments that make no sense; a number of processes that does not divide 8.
 
     Weights are searched and rounded in float32 whatever their dtype, one block at a time. Statistics are taken with
     torch's own matrix product: their last bits, and rarely a choice between equals, may depend on its threads.
+
+    If torch.distributed is initialised, all its processes call this with the same arguments and share the calibration
+    rows; every one gets the same model, whose bytes do not depend on their number, and rank 0 writes ``out``.
     """
     config = _merged(
         quant_config,
@@ -134,29 +150,53 @@ def quantize(
     results = None
     if search_results is not None:
         results = llm_awq.read_search_results(search_results, allow_pickle=allow_pickle)
-    model, source = _load(model)
+    if resume and (out is None or results is not None or isinstance(model, nn.Module)):
+        raise ValueError("quantize: resume takes a model given by its directory, an out, and no search_results")
+    out = None if out is None else Path(out).expanduser().absolute()
+    if out is not None:
+        check_replaceable(out)  # before the minutes of work
+    original, source = _open(model, blocks, results)
 
     def data() -> Windows:
         home = source if tokenizer is None else tokenizer
         return windows.read(calibration, home, samples, seq_len, seed=seed, shuffle=shuffle, pack=pack)
 
+    settings = Settings(
+        method=method,
+        group_size=config["q_group_size"],
+        zero_point=bool(config["zero_point"]),
+        modules_to_not_convert=tuple(config["modules_to_not_convert"] or ()),
+        duo_scaling=duo_scaling,
+        apply_clip=apply_clip,
+        scaled_activations=scaled_activations,
+        seed=seed,
+    )
+    durable = None if source is None or results is not None else out
+    run = _Run(original, settings, progress)
     with torch.no_grad():
-        settings = Settings(
-            method=method,
-            group_size=config["q_group_size"],
-            zero_point=bool(config["zero_point"]),
-            modules_to_not_convert=tuple(config["modules_to_not_convert"] or ()),
-            duo_scaling=duo_scaling,
-            apply_clip=apply_clip,
-            scaled_activations=scaled_activations,
-            seed=seed,
-        )
-        report = _Run(model, settings, progress, results, blocks).run(data)
+        report = run.run(data, _Durable(durable, source, resume) if durable and source else None)
     report.seconds = time.perf_counter() - start
-    model.awq_report = report
     if out is not None:
-        save_quantized(model, out, None if isinstance(tokenizer, str) else tokenizer, source=source)
-    return model
+        saved = None if isinstance(tokenizer, str) else tokenizer
+        run.ranks.first(lambda: write_checkpoint(original.model, out, saved, source=source, read=run.read))
+        run.ranks.first(run.files.remove) if run.files is not None else None
+    elif source is not None:
+        original.complete()
+    quantized = original.model
+    if load and any(tensor.is_meta for tensor in quantized.state_dict().values()):
+        quantized = load_quantized(out)
+    quantized.awq_report = report
+    return quantized
+
+
+def quantize_to(model: Any, out: Any, tokenizer: Any = None, **options: Any) -> Report:
+    """:func:`quantize` with the same ``options``, from a directory or hub name to the directory ``out``.
+
+    The result is not loaded, and if the model could be read block by block, it is never in memory as a whole.
+    """
+    quantized: Any = quantize(model, tokenizer, out=out, load=False, **options)
+    report: Report = quantized.awq_report
+    return report
 
 
 def _merged(quant_config: Mapping[str, Any] | None, **arguments: Any) -> dict[str, Any]:
@@ -182,14 +222,42 @@ def _merged(quant_config: Mapping[str, Any] | None, **arguments: Any) -> dict[st
     return config
 
 
-def _load(model: Any) -> tuple[Any, Path | None]:
-    """The model, and the directory it comes from (None: it was in memory)."""
-    if isinstance(model, nn.Module):
-        return model, None
-    path = resolve(model)
-    if is_quantized_directory(path):
-        raise UnsupportedModelError(f"{model} is already quantized. Quantize the original, unquantized model")
-    return load_float(path, "auto"), path
+def _open(model: Any, blocks: str | None, results: llm_awq.SearchResults | None) -> tuple[Original, Path | None]:
+    """Where the model's blocks come from, and the directory it is in (None: it is in memory)."""
+    path = None
+    if not isinstance(model, nn.Module):
+        path = resolve(model)
+        if is_quantized_directory(path):
+            raise UnsupportedModelError(f"{model} is already quantized. Quantize the original, unquantized model")
+        if results is None:
+            return open_original(path, blocks), path
+        model = load_float(path, "auto")
+    _refuse_quantized(getattr(model, "config", None), type(model).__name__)
+    return Original(model, blocks, None if results is None else llm_awq.plan(model, results)), path
+
+
+@dataclass(frozen=True)
+class _Durable:
+    """Finished blocks go to files beside ``out``; the original is in the directory ``source``."""
+
+    out: Path
+    source: Path
+    resume: bool
+
+    def settings(self, settings: Settings, blocks: str, rows: Iterable[Tensor]) -> dict[str, Any]:
+        """All that decides the bytes of a block."""
+        digest = hashlib.sha256()
+        for ids in rows:
+            digest.update(len(ids).to_bytes(8, "little") + bytes_of(ids))
+        files = sorted(file for file in self.source.iterdir() if file.match("*.safetensors*") or file.match("*.json"))
+        return {
+            "awq_ext": awq_ext.__version__,
+            "torch": torch.__version__,
+            "options": asdict(settings),
+            "blocks": blocks,
+            "calibration tokens": digest.hexdigest(),
+            "original": {file.name: [(found := file.stat()).st_size, found.st_mtime_ns] for file in files},
+        }
 
 
 def _refuse_quantized(config: Any, name: str) -> None:
@@ -204,66 +272,52 @@ def _refuse_quantized(config: Any, name: str) -> None:
 class _Run:
     """One run over one model."""
 
-    def __init__(
-        self,
-        model: Any,
-        settings: Settings,
-        progress: Progress,
-        results: llm_awq.SearchResults | None,
-        blocks: str | None,
-    ) -> None:
-        self.model, self.settings, self.progress = model, settings, progress
-        self.config = getattr(model, "config", None)  # None: it is no transformers model
-        _refuse_quantized(self.config, type(model).__name__)
-        self.fused = open_experts(model) if results is None else {}  # results are of the linears that there are
-        self.plan = None if results is None else llm_awq.plan(model, results)
-        # Search results say where the blocks are and bring their own folds.
-        if self.plan is not None:
-            blocks = self.plan.blocks
-        self.blocks_name = find_blocks(model) if blocks is None else blocks
-        try:
-            self.blocks: list[nn.Module] = list(model.get_submodule(self.blocks_name).children())
-        except AttributeError as error:
-            raise UnsupportedModelError(f"blocks: {error}") from error
-        uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
-        self.shared = {name for name, p in model.named_parameters(remove_duplicate=False) if uses[id(p)] > 1}
-        model_type = getattr(self.config, "model_type", type(model).__name__)
+    def __init__(self, original: Original, settings: Settings, progress: Progress) -> None:
+        self.original, self.settings, self.progress = original, settings, progress
+        self.model: Any = original.model
+        self.config = getattr(self.model, "config", None)  # None: it is no transformers model
+        self.ranks = Ranks()
+        self.files: BlockFiles | None = None
+        uses = Counter(id(parameter) for _, parameter in self.model.named_parameters(remove_duplicate=False))
+        self.shared = {name for name, p in self.model.named_parameters(remove_duplicate=False) if uses[id(p)] > 1}
+        model_type = getattr(self.config, "model_type", type(self.model).__name__)
         self.report = Report(settings.method, model_type, settings.group_size, settings.zero_point)
+        if original.note is not None:
+            self.report.notes.append(original.note)
         self.decisions: dict[str, Decision] = {}
         self.others: list[LinearReport] = []
         """Weights in the blocks that are of no linear."""
-        self._survey(
-            (name, module) for name, module in model.named_modules() if not name.startswith(self.blocks_name + ".")
-        )
-        for index, block in enumerate(self.blocks):
-            prefix = self._prefix(index)
-            self._survey((prefix + name, module) for name, module in block.named_modules())
+        for name, module in self.model.named_modules():
+            if not name.startswith(original.blocks_name + "."):
+                self._survey(name, module)
+        with progress.task("check weights", total=len(original.blocks)) as task:
+            for index in range(len(original.blocks)):
+                for name, module in original.load(index).named_modules():
+                    self._survey(original.prefix(index) + name, module)
+                original.unload(index)
+                task.advance(1)
         if all(decision.reason is not None for decision in self.decisions.values()):
             raise UnsupportedModelError(
                 "no linear of this model can be quantized:\n" + "\n".join(f"  {d}" for d in self.decisions.values())
             )
-        if self.plan is not None:
-            self.report.search_results = self.plan.results.source
-            self._check_groups(self.plan.results)
+        if original.plan is not None:
+            self.report.search_results = original.plan.results.source
+            self._check_groups(original.plan.results)
 
-    def _prefix(self, index: int) -> str:
-        return f"{self.blocks_name}.{index}."
-
-    def _survey(self, modules: Iterable[tuple[str, nn.Module]]) -> None:
-        """Decide what happens to these modules' weights, which are checked if they are in the blocks."""
-        for name, module in modules:
-            inside = name.startswith(self.blocks_name + ".")
-            linear = as_linear(module)
-            if linear is not None:
-                decision = decide(name, linear, self.settings.group_size, self.settings.modules_to_not_convert)
-                if not inside and decision.reason is None:
-                    reason = "output head" if name in NEVER_CONVERTED else "outside the decoder blocks"
-                    decision = Decision(name, decision.in_features, decision.out_features, reason)
-                self.decisions[name] = decision
-                if inside:
-                    _check_weight(name, linear)
-            elif inside:
-                self.others += _other_weights(name, module, self.fused.get(name))
+    def _survey(self, name: str, module: nn.Module) -> None:
+        """Decide what happens to a module's weights, which are checked if they are in the blocks."""
+        inside = name.startswith(self.original.blocks_name + ".")
+        linear = as_linear(module)
+        if linear is not None:
+            decision = decide(name, linear, self.settings.group_size, self.settings.modules_to_not_convert)
+            if not inside and decision.reason is None:
+                reason = "output head" if name in NEVER_CONVERTED else "outside the decoder blocks"
+                decision = Decision(name, decision.in_features, decision.out_features, reason)
+            self.decisions[name] = decision
+            if inside:
+                _check_weight(name, linear)
+        elif inside:
+            self.others += _other_weights(name, module, self.original.fused.get(name))
 
     def _check_groups(self, results: llm_awq.SearchResults) -> None:
         for clip in results.clips:
@@ -278,20 +332,28 @@ class _Run:
                     f"group size {wanted}; pass q_group_size={size} (--group-size {size})"
                 )
 
-    def run(self, data: Callable[[], Windows]) -> Report:
-        calibration = None
-        if self.settings.method != "rtn" and self.plan is None:
-            calibration = self._calibration(data())
+    def run(self, data: Callable[[], Windows], durable: _Durable | None) -> Report:
+        """Quantize all blocks. With ``durable`` they go to files, and from memory if the original does."""
+        original, calibration, rows = self.original, None, list[Tensor]()
+        if self.settings.method != "rtn" and original.plan is None:
+            found = data()
+            calibration, rows = self._calibration(found.rows), found.rows
+            self.report.calibration_tokens, self.report.calibration = found.tokens, found.note
+        if durable is not None:
+            files, settings = BlockFiles(durable.out), durable.settings(self.settings, original.blocks_name, rows)
+            files.finished = self.ranks.first(lambda: files.open(settings, resume=durable.resume))
+            self.files = files
         names = {name for name, decision in self.decisions.items() if decision.reason is None}
-        with self.progress.task("quantize blocks", total=len(self.blocks)) as task:
+        with self.progress.task("quantize blocks", total=len(original.blocks)) as task:
             index = 0
 
             def say(what: str) -> None:
                 task.advance(0, note=f"block {index}: {what}; {_memory()}")
 
-            quantizer = BlockQuantizer(self.settings, self.report.model_type, calibration, self.shared, self.plan, say)
-            for index, block in enumerate(self.blocks):
-                part = quantizer.quantize(index, block, self._prefix(index), names)
+            model_type = self.report.model_type
+            quantizer = BlockQuantizer(self.settings, model_type, calibration, self.shared, original.plan, say)
+            for index in range(len(original.blocks)):
+                part = self._block(index, quantizer, names)
                 self.report.linears += part.linears
                 self.report.folds += part.folds
                 self.report.unscaled += part.unscaled
@@ -311,20 +373,45 @@ class _Run:
             ).to_dict()
         return self.report
 
-    def _calibration(self, data: Windows) -> Calibration:
-        ids = torch.cat(data.rows)
-        longest = max(map(len, data.rows))
+    def _block(self, index: int, quantizer: BlockQuantizer, names: Collection[str]) -> BlockReport:
+        block, files = self.original.load(index), self.files
+        if files is None:
+            return quantizer.quantize(index, block, self.original.prefix(index), names)
+        if index < files.finished:
+            quantizer.skip(index, block, lambda: files.install(index, block))
+            part = files.report(index)
+        else:
+            part = quantizer.quantize(index, block, self.original.prefix(index), names)
+            self.ranks.first(lambda: files.write(index, block, part))
+        self.original.drop(index)
+        return part
+
+    def read(self, name: str) -> Tensor:
+        """A tensor of the quantized model that is on the meta device, by the model's name for it."""
+        inside = name.removeprefix(f"{self.original.blocks_name}.")
+        if self.files is None or inside == name:
+            return self.original.read(name)
+        index, _, local = inside.partition(".")
+        return self.files.read(int(index), local)
+
+    def _calibration(self, rows: list[Tensor]) -> Calibration:
+        ids = torch.cat(rows)
+        longest = max(map(len, rows))
         limit = self._check_tokens(ids, longest)
-        self.report.calibration_tokens, self.report.calibration = data.tokens, data.note
         # Few tokens, whatever they are, show how a block is made.
         several = min(SEVERAL_TOKENS, max(limit, longest))
         need = max(SINGLE_TOKENS, 2 * several)
         few = ids[:need].repeat(-(-need // len(ids)))
-        return Calibration(
-            BlockInputs(self.model, self.blocks, data.rows, ranks=Ranks()),
-            BlockInputs(self.model, self.blocks, few[:SINGLE_TOKENS, None], batch=SINGLE_TOKENS),
-            BlockInputs(self.model, self.blocks, few[: 2 * several].view(2, several)),
-        )
+        model, blocks = self.model, self.original.blocks
+        with self.original.outside():
+            self.original.load(0)
+            calibration = Calibration(
+                BlockInputs(model, blocks, rows, ranks=self.ranks),
+                BlockInputs(model, blocks, few[:SINGLE_TOKENS, None], batch=SINGLE_TOKENS),
+                BlockInputs(model, blocks, few[: 2 * several].view(2, several)),
+            )
+            self.original.unload(0)
+        return calibration
 
     def _check_tokens(self, ids: Tensor, longest: int) -> int:
         """Raises CalibrationError unless the model can take them; returns how long a row it can (0: unknown)."""

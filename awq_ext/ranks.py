@@ -9,14 +9,16 @@ above it are added up by exchange; addition is commutative, so both sides of an 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 SLOTS = 8
+T = TypeVar("T")
 
 
 class Ranks:
@@ -46,13 +48,21 @@ class Ranks:
         dist.all_reduce(smallest, dist.ReduceOp.MIN)
         return int(smallest)
 
-    def from_first(self, value: Any) -> Any:
-        """What rank 0 passes."""
+    def first(self, action: Callable[[], T]) -> T:
+        """What ``action`` returns on rank 0, which alone runs it. All processes raise what it raises there."""
         if self.count == 1:
-            return value
-        values = [value]
-        dist.broadcast_object_list(values, src=0)
-        return values[0]
+            return action()
+        outcome: list[Any] = [None, None]
+        if self.rank == 0:
+            try:
+                outcome[0] = action()
+            except Exception as error:
+                outcome[1] = error
+        dist.broadcast_object_list(outcome, src=0)
+        if outcome[1] is not None:
+            raise outcome[1]
+        result: T = outcome[0]
+        return result
 
     def add_up(self, part: list[Tensor] | None) -> list[Tensor] | None:
         """The sum of all processes' parts, each the sum of a subtree; None has nothing in it."""

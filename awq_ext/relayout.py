@@ -8,7 +8,7 @@ one tensor and a few megabytes. Scales and zeros, a thirtieth of the weight, go 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -128,7 +128,7 @@ class Converted:
         moved: Tensor = torch.ops.awq_ext.repack(words, src=own.name, dst=self.layout.name)
         return moved
 
-    def tensors(self, names: list[str]) -> Iterator[tuple[str, Tensor]]:
+    def tensors(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
         """(name, tensor) of these names, shard by shard."""
         for name in sorted(names, key=lambda name: (self.info[name].shard, name)):
             yield name, self.get(name)

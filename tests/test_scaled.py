@@ -362,7 +362,7 @@ def test_refused(neox: Path, case: str) -> None:
 def test_no_scales_for_an_activation_without_linears(neox: Path) -> None:
     """The module tree cannot tell how long they would have to be."""
     checkpoint = Checkpoint.open(neox)
-    model = checkpoint_module._skeleton(checkpoint, torch.float32)
+    model = checkpoint_module.skeleton(checkpoint, torch.float32)
     mlp = model.gpt_neox.layers[1].mlp
     del mlp.dense_h_to_4h, mlp.dense_4h_to_h
     with pytest.raises(CheckpointError, match=re.escape(f"{ACT}.scales") + ".*no linear beside it"):
@@ -373,7 +373,7 @@ def test_a_shared_activation(neox: Path) -> None:
     checkpoint = Checkpoint.open(neox)
 
     # One object in both blocks, as where a model takes its activations from a table of instances: both are scaled.
-    model = checkpoint_module._skeleton(checkpoint, torch.float32)
+    model = checkpoint_module.skeleton(checkpoint, torch.float32)
     act = model.gpt_neox.layers[0].mlp.act
     model.gpt_neox.layers[1].mlp.act = act
     insert_scaled_activations(checkpoint, model)
@@ -381,7 +381,7 @@ def test_a_shared_activation(neox: Path) -> None:
     assert len(set(wrapped.values())) == 2 and all(module.act is act for module in wrapped.values())
 
     # A second name in the same block: nothing says which of the two the block calls.
-    model = checkpoint_module._skeleton(checkpoint, torch.float32)
+    model = checkpoint_module.skeleton(checkpoint, torch.float32)
     model.gpt_neox.layers[1].mlp.also = model.gpt_neox.layers[1].mlp.act
     with pytest.raises(CheckpointError, match=re.escape(f"the same module as {ACT[:-3]}also, which has no scales")):
         insert_scaled_activations(checkpoint, model)
@@ -389,7 +389,7 @@ def test_a_shared_activation(neox: Path) -> None:
     # A whole MLP in two places, with scales for one of them.
     edit(neox, lambda tensors: tensors.pop("gpt_neox.layers.0.mlp.act.scales"))
     checkpoint = Checkpoint.open(neox)
-    model = checkpoint_module._skeleton(checkpoint, torch.float32)
+    model = checkpoint_module.skeleton(checkpoint, torch.float32)
     model.gpt_neox.layers[0].mlp = model.gpt_neox.layers[1].mlp
     with pytest.raises(CheckpointError, match=r"the same module as gpt_neox\.layers\.0\.mlp\.act, which has no"):
         insert_scaled_activations(checkpoint, model)
