@@ -21,7 +21,7 @@ ENOUGH = 2
 
 
 class OpenedExperts(nn.Module):
-    """The experts of one layer, each a ModuleDict of linears: (gate,) up, down, under the names in ``names``.
+    """The experts of one layer, each a ModuleDict of linears: (gate,) up, down, under the names that it is given.
 
     Called as the fused module it stands for: hidden_states [tokens, width], top_k_index [tokens, k] (which experts),
     top_k_weights [tokens, k] (times what); returns [tokens, width]. The sum over experts is taken in their order, in
@@ -37,8 +37,8 @@ class OpenedExperts(nn.Module):
         vars(self).update({key: value for key, value in vars(fused).items() if not key.startswith("_")})
         for name, child in fused.named_children():
             self.add_module(name, child)
-        self.kind, self.names = type(fused), names
-        self.concatenated, transposed = getattr(fused, "is_concatenated", True), getattr(fused, "is_transposed", False)
+        self._class, self._names = type(fused), names
+        self._concatenated, transposed = getattr(fused, "is_concatenated", True), getattr(fused, "is_transposed", False)
         down = fused.get_parameter("down_proj")
         self.num_experts = len(down)
         both = len(names) == 3
@@ -47,7 +47,7 @@ class OpenedExperts(nn.Module):
             weight, bias = _rows(fused, first, number, transposed)
             parts = [(weight, bias)]
             if both:
-                cut = _halves if self.concatenated else _alternating
+                cut = _halves if self._concatenated else _alternating
                 parts = list(zip(cut(weight), (None, None) if bias is None else cut(bias), strict=True))
             parts.append(_rows(fused, "down_proj", number, transposed))
             linears = {name: _linear(*part) for name, part in zip(names, parts, strict=True)}
@@ -64,10 +64,10 @@ class OpenedExperts(nn.Module):
 
     def _expert(self, number: int, x: Tensor) -> Tensor:
         expert: Any = self.get_submodule(str(number))
-        *first, down = (expert[name] for name in self.names)
+        *first, down = (expert[name] for name in self._names)
         if len(first) == 1:
             y = self.act_fn(first[0](x))
-        elif self.concatenated:
+        elif self._concatenated:
             y = self._gated(torch.cat([linear(x) for linear in first], -1))
         else:
             y = self._gated(torch.stack([linear(x) for linear in first], -1).flatten(-2))
@@ -75,7 +75,7 @@ class OpenedExperts(nn.Module):
         return self.post_expert_norm(y) if getattr(self, "has_post_expert_norm", False) else y
 
     def _gated(self, gate_up: Tensor) -> Tensor:
-        rule: Any = getattr(self.kind, "_apply_gate", None)
+        rule: Any = getattr(self._class, "_apply_gate", None)
         if rule is not None:
             gated: Tensor = rule(self, gate_up)
             return gated
@@ -149,7 +149,7 @@ def _same(fused: nn.Module, opened: OpenedExperts) -> bool:
     if weight.is_meta:
         return hasattr(fused, "is_transposed")
     count, generator = opened.num_experts, torch.Generator().manual_seed(0)
-    width = opened.get_submodule(f"0.{opened.names[0]}").get_parameter("weight").shape[1]
+    width = opened.get_submodule(f"0.{opened._names[0]}").get_parameter("weight").shape[1]
     x = torch.randn(max(count, 8), width, generator=generator)
     x[::2] *= 4  # limits on what is large have to show, too
     index = torch.arange(2 * len(x)).remainder(count).view(-1, 2)
