@@ -16,7 +16,8 @@ from architectures import ARCHITECTURES, BLOCKS, GROUP, OWN, Traces, ids, logits
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from awq_ext import AwqLinear, quantize
+from awq_ext import AwqLinear, load_quantized, quantize
+from awq_ext.scaled import ScaledActivation
 from awq_ext.swap import as_linear
 from awq_ext.trace import prove
 
@@ -126,3 +127,36 @@ def test_experts_have_the_names_that_readers_know(results: dict[str, Result], ki
         assert [key for key in files if key.endswith(f"{name}.weight")]
     if kind == "qwen3_moe":  # transformers 4 and 5 read one of these each
         assert (fields["num_experts"], fields["num_local_experts"]) == (5, 5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "wanted", "scaled"),
+    [
+        ("gpt2", None, []),  # no reader of files expects one there
+        ("gpt2", True, ["transformer.h.0.mlp.act", "transformer.h.1.mlp.act"]),
+        ("gpt_neox", False, []),
+        ("llama", True, []),  # up takes what down needs
+        ("own", True, []),
+    ],
+)
+def test_scaled_activations_are_where_they_are_wanted(
+    kind: str, wanted: bool | None, scaled: list[str], tmp_path: Path
+) -> None:
+    model = small_model(kind)
+    out = None if kind in OWN else tmp_path / "out"
+    quantize(
+        model,
+        calibration=ids(4, 32),
+        samples=4,
+        seq_len=32,
+        q_group_size=GROUP,
+        blocks=BLOCKS.get(kind),
+        scaled_activations=wanted,
+        out=out,
+    )
+    assert [name for name, module in model.named_modules() if isinstance(module, ScaledActivation)] == scaled
+    folds = {fold.producer: fold for fold in model.awq_report.folds}
+    for name in scaled:
+        assert folds[name].readers == [name.replace("act", "c_proj")] and folds[name].loss <= folds[name].loss_rtn
+    if out is not None:
+        assert torch.equal(logits(load_quantized(out)), logits(model))
