@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +14,7 @@ from awq_ext import llm_awq, ops
 from awq_ext.calibrate import BlockInputs, Statistics
 from awq_ext.fold import Fold, apply_fold
 from awq_ext.linear import AwqLinear
+from awq_ext.measure import Codes, Measured, dequantize
 from awq_ext.report import FoldReport, LinearReport, UnscaledReport
 from awq_ext.scaled import may_be_scaled
 from awq_ext.swap import as_linear
@@ -29,6 +31,7 @@ class Settings:
     """What to do to each block; the names are those of :func:`awq_ext.quantize`."""
 
     method: str
+    w_bit: int
     group_size: int
     zero_point: bool
     modules_to_not_convert: tuple[str, ...]
@@ -56,6 +59,7 @@ class BlockReport:
     linears: list[LinearReport] = field(default_factory=list)
     folds: list[FoldReport] = field(default_factory=list)
     unscaled: list[UnscaledReport] = field(default_factory=list)
+    seconds: float = 0.0
 
 
 class BlockQuantizer:
@@ -120,23 +124,36 @@ class _Work:
         self.dtypes = {name: parameter.dtype for name, parameter in block.named_parameters()}
         self.reads: dict[str, _Input] = {}
         self.sensitivity: dict[str, Tensor] = {}
+        self.measured: dict[str, Measured] = {}
+        self.entries = {
+            name: LinearReport(prefix + name, linear.in_features, linear.out_features)
+            for name, linear in self.linears.items()
+        }
+        self.rounding: dict[str, Any] = {
+            "group_size": self.settings.group_size,
+            "w_bit": self.settings.w_bit,
+            "zero_point": self.settings.zero_point,
+            "dtype": torch.float16,
+        }
 
     def run(self) -> BlockReport:
+        start = time.perf_counter()
         self.block.float()
         if self.plan is not None:
             clipped = [self.prefix + name for name in self.linears if self.settings.apply_clip]
             self.plan.apply(self.block, self.prefix, clipped)
         folds, order = self._look() if self.calibration is not None else ([], [])
-        before = {name: self._error(name, self._round(self.linears[name])) for name in self.reads}
+        for name, read in self.reads.items():
+            weight = self.linears[name].weight.detach().cpu()
+            self.measured[name] = Measured(weight, read.x_mean, read.grams, self._round(name))
         for fold in folds:
             self._fold(fold)
-        quantized = self._choose_codes(order)
-        for name, linear in self.linears.items():
-            entry = LinearReport(self.prefix + name, linear.in_features, linear.out_features)
-            if name in self.reads:
-                entry.error_rtn, entry.error = before[name], self._error(name, quantized[name])
-            self.report.linears.append(entry)
+        self._choose_codes(order)
+        self.report.linears += self.entries.values()
+        for unscaled in self.report.unscaled:
+            self.entries[unscaled.name.removeprefix(self.prefix)].unscaled = unscaled.reason
         _restore(self.block, self.dtypes)
+        self.report.seconds = time.perf_counter() - start
         return self.report
 
     # --- looking at the block -------------------------------------------------------------------------------------
@@ -154,11 +171,15 @@ class _Work:
         self.say("statistics")
         first = {reader: fold.readers[0] for fold in folds for reader in fold.readers}
         watched = {first.get(name, name): self.block.get_submodule(first.get(name, name)) for name in self.linears}
-        statistics, self.sensitivity = rows.collect(
+        statistics, held_out, self.sensitivity = rows.collect(
             self.index, self.block, watched, self.linears if searched else None, self.settings.seed
         )
-        shared = {name: _Input(*seen.result(self.prefix + name)) for name, seen in statistics.items() if seen.tokens}
+        shared = {
+            name: _Input(seen, held_out[name], self.prefix + name) for name, seen in statistics.items() if seen.tokens
+        }
         self.reads = {name: shared[first.get(name, name)] for name in self.linears if first.get(name, name) in shared}
+        for name, entry in self.entries.items():
+            entry.tokens = self.reads[name].tokens if name in self.reads else 0
         self.report.unscaled += [
             UnscaledReport(self.prefix + name, "no calibration token reached it")
             for name in self.linears
@@ -216,45 +237,49 @@ class _Work:
         if names[0] not in self.reads:
             return
         readers, shared = [self.linears[name] for name in names], self.reads[names[0]]
+        weight = torch.cat([reader.weight for reader in readers]).cpu()
+        options = {**self.rounding, "row_weight": torch.cat([self.sensitivity[name] for name in names])}
         scale, losses = ops.search_scale(
-            torch.cat([reader.weight for reader in readers]).cpu(),
+            weight,
             shared.x_mean,
             shared.gram,
-            group_size=self.settings.group_size,
             grid=GRID,
             duo_scaling=self.settings.duo_scaling,
-            zero_point=self.settings.zero_point,
             tie=fold.tie,
-            row_weight=torch.cat([self.sensitivity[name] for name in names]),
+            **options,
         )
+        best = int(losses.argmin())
+        report = FoldReport(
+            self.prefix + fold.producer, [self.prefix + name for name in fold.readers], float(losses[0]), 0.0, ""
+        )
+        if len(shared.grams) > 1:  # tokens that had no part in the choice have to agree
+            both = ops.scale_losses(weight, torch.stack([torch.ones_like(scale), scale]), shared.grams[1], **options)
+            report.held_out_rtn = float(both[0])
+            if both[1] > both[0]:
+                report.refused, best, scale = _candidate_name(best), 0, torch.ones_like(scale)
+            report.held_out = float(both[min(best, 1)])
+        report.loss, report.candidate = float(losses[best]), _candidate_name(best)
+        self.report.folds.append(report)
+        for name in names:
+            self.entries[name].producer, self.entries[name].scale = report.producer, report.candidate
         dtype = self.dtypes.get(f"{fold.producer}.weight", torch.float16)  # activations have no weight
         scale = apply_fold(self.block, fold, scale.to(readers[0].weight.device), dtype)
         shared.divide(scale.cpu())
-        best = int(losses.argmin())
-        self.report.folds.append(
-            FoldReport(
-                self.prefix + fold.producer,
-                [self.prefix + name for name in fold.readers],
-                float(losses[0]),
-                float(losses[best]),
-                _candidate_name(best),
-            )
-        )
 
     # --- codes ------------------------------------------------------------------------------------------------------
 
-    def _choose_codes(self, order: Sequence[Sequence[str]]) -> dict[str, AwqLinear]:
-        """What takes the place of each linear, and is there in the block already."""
-        quantized: dict[str, AwqLinear] = {}
+    def _choose_codes(self, order: Sequence[Sequence[str]]) -> None:
+        """Put what takes its place where each linear is."""
+        quantized: dict[str, nn.Module] = {}
 
         def compensate(names: Sequence[str], statistics: Statistics) -> Mapping[str, nn.Module]:
             self.say(f"codes of {', '.join(names[:3])}")
-            _, gram = statistics.result(self.prefix + names[0])
-            quantized.update({name: self._compensated(name, gram) for name in names})
+            # An expert may be reached by tokens only that are held out, or that the original's router sends elsewhere.
+            gram = statistics.result(self.prefix + names[0])[1] if statistics.tokens else None
+            quantized.update({name: self._quantized(name, gram) for name in names})
             return quantized
 
-        compensating = self.calibration is not None and self.settings.method in COMPENSATING
-        if self.calibration is not None and compensating:
+        if self.calibration is not None and self.settings.method in COMPENSATING:
             # The quantized model is what a reader of its files will have.
             for name, parameter in self.block.named_parameters():
                 if name.rpartition(".")[0] not in self.linears:
@@ -263,62 +288,65 @@ class _Work:
         for name in self.linears:
             if name not in quantized:
                 self.say(f"codes of {name}")
-                gram = self.reads[name].gram if name in self.reads else None
-                if compensating and gram is not None:  # an expert that only the original model's router chooses
-                    quantized[name] = self._compensated(name, gram)
-                else:
-                    quantized[name] = self._nearest(name, gram)
+                quantized[name] = self._quantized(name, None)
         for name, module in quantized.items():
             self.block.set_submodule(name, module)
-        return quantized
 
-    def _round(self, linear: nn.Linear, range: Tensor | None = None) -> AwqLinear:
-        return AwqLinear.from_linear(
-            linear, self.settings.group_size, zero_point=self.settings.zero_point, range=range, dtype=torch.float16
-        )
+    def _quantized(self, name: str, gram: Tensor | None) -> nn.Module:
+        """What takes the place of a linear whose inputs in the quantized model have this Gram matrix.
 
-    def _clip(self, name: str, gram: Tensor | None) -> Tensor | None:
-        """The ranges that lose least on inputs with this Gram matrix."""
-        if gram is None or not self.settings.apply_clip:
-            return None
-        weight = self.linears[name].weight.detach().cpu()
-        return ops.search_clip(weight, gram, group_size=self.settings.group_size, zero_point=self.settings.zero_point)
-
-    def _nearest(self, name: str, gram: Tensor | None) -> AwqLinear:
-        linear, range = self.linears[name], self._clip(name, gram)
-        return self._round(linear, None if range is None else range.to(linear.weight.device))
-
-    def _compensated(self, name: str, gram: Tensor) -> AwqLinear:
-        """Codes chosen together, for the inputs that the linear gets in the quantized model.
-
-        Those come through everything that is quantized before, in this block and in those in front of it, so a linear
-        makes up for some of the errors made there.
+        Those come through everything that is quantized before, in this block and in those in front of it, so codes that
+        are chosen for them make up for some of the errors made there. None: as in the original model.
         """
-        linear = self.linears[name]
-        codes = ops.quantize_compensated(
-            linear.weight.detach().cpu(),
-            gram,
-            group_size=self.settings.group_size,
-            zero_point=self.settings.zero_point,
-            range=self._clip(name, gram),
-            dtype=torch.float16,
-        )
-        return AwqLinear.from_codes(linear, *(part.to(linear.weight.device) for part in codes))
+        if gram is None and name in self.reads:
+            gram = self.reads[name].gram
+        weight = self.linears[name].weight.detach().cpu()
+        range = None
+        if gram is not None and self.settings.apply_clip:
+            range = ops.search_clip(weight, gram, **self.rounding)
+        codes = nearest = self._round(name, range)
+        if gram is not None and self.settings.method in COMPENSATING:
+            codes = ops.quantize_compensated(weight, gram, range=range, **self.rounding)
+        if name in self.reads:
+            read, last = self.reads[name], 2**self.settings.w_bit - 1
+            self.measured[name].report(self.entries[name], weight, read.scale, read.grams, nearest, codes, range, last)
+        return self._module(name, codes)
 
-    def _error(self, name: str, quantized: AwqLinear) -> float:
-        return _relative_error(self.linears[name].weight, self.reads[name].gram, quantized)
+    def _round(self, name: str, range: Tensor | None = None) -> Codes:
+        """The codes nearest to a linear's weight, on the CPU."""
+        weight = self.linears[name].weight.detach()
+        range = None if range is None else range.to(weight.device)
+        q, scales, zeros = ops.quantize(weight, range=range, **self.rounding)
+        return q.cpu(), scales.cpu(), zeros.cpu()
+
+    def _module(self, name: str, codes: Codes) -> nn.Module:
+        """The linear with these codes: of 4 bits packed, of any other number of bits as the weights they stand for."""
+        linear = self.linears[name]
+        if self.settings.w_bit == 4:
+            return AwqLinear.from_codes(linear, *(part.to(linear.weight.device) for part in codes))
+        simulated = nn.Linear(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
+        simulated.weight = nn.Parameter(dequantize(codes).to(linear.weight.device), requires_grad=False)
+        simulated.bias = linear.bias
+        return simulated.train(linear.training)
 
 
 class _Input:
-    """What one set of linears reads, on the CPU: x_mean [k] and gram [k, k] of :class:`calibrate.Statistics`."""
+    """What one set of linears reads, on the CPU: x_mean [k] and Gram matrices [k, k], the first of the calibration
+    tokens, the second, if there is one, of those held out; ``scale`` [k] is what it was divided by."""
 
-    def __init__(self, x_mean: Tensor, gram: Tensor) -> None:
-        self.x_mean, self.gram = x_mean, gram
+    def __init__(self, statistics: Statistics, held_out: Statistics, name: str) -> None:
+        self.x_mean, gram = statistics.result(name)
+        self.grams = [gram, held_out.result(name)[1]] if held_out.tokens else [gram]
+        self.tokens, self.scale = statistics.tokens, torch.ones_like(self.x_mean)
+
+    @property
+    def gram(self) -> Tensor:
+        return self.grams[0]
 
     def divide(self, scale: Tensor) -> None:
         """The input becomes x / scale."""
-        self.x_mean = self.x_mean / scale
-        self.gram = self.gram / scale / scale[:, None]
+        self.x_mean, self.scale = self.x_mean / scale, self.scale * scale
+        self.grams = [gram / scale / scale[:, None] for gram in self.grams]
 
 
 def _restore(block: nn.Module, dtypes: Mapping[str, torch.dtype]) -> None:
@@ -332,11 +360,3 @@ def _candidate_name(index: int) -> str:
     duo, step = divmod(index - 1, GRID)
     ratio = (step + 1) / GRID
     return f"x^{ratio:g} / w^{1 - ratio:g}" if duo else f"x^{ratio:g}"
-
-
-def _relative_error(weight: Tensor, gram: Tensor, quantized: AwqLinear) -> float:
-    """Mean squared error of the output over its mean square, on the tokens that gram was taken from."""
-    weight = weight.detach().cpu()
-    difference = quantized.dequantize(torch.float32).cpu() - weight
-    power = ((weight @ gram) * weight).sum()
-    return float(((difference @ gram) * difference).sum() / power) if power > 0 else 0.0

@@ -61,6 +61,9 @@ class Statistics:
 BATCH = 4
 """Rows that are run together, if they are of one length."""
 
+HELD_OUT = 8
+"""The last of every so many batches is held out: nothing is chosen by it, and it has to confirm what was chosen."""
+
 SENSITIVITY_TOKENS = 4096
 """The first batches with so many tokens show how sensitive a block is: an average over them has long settled."""
 
@@ -93,6 +96,8 @@ class BlockInputs:
         tokens_before = itertools.accumulate((ids.numel() for ids in batches), initial=0)
         self._sensitive = {i for i, before in enumerate(tokens_before) if before < SENSITIVITY_TOKENS}
         self._sensitive_tokens = sum(ids.numel() for i, ids in enumerate(batches) if i in self._sensitive)
+        self._held_out = set(range(HELD_OUT - 1, len(batches), HELD_OUT))
+        self.held_out_tokens = sum(batches[i].numel() for i in self._held_out)
         self._arguments: dict[torch.Size, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
         self.hidden = self._capture(model, blocks, [batches[i] for i, _ in self.places])
         self.quantized = list(self.hidden)
@@ -182,24 +187,26 @@ class BlockInputs:
         watched: Mapping[str, nn.Module],
         linears: Mapping[str, nn.Linear] | None = None,
         seed: int = 0,
-    ) -> tuple[dict[str, Statistics], dict[str, Tensor]]:
+    ) -> tuple[dict[str, Statistics], dict[str, Statistics], dict[str, Tensor]]:
         """Move the original model's hidden states on through its block, and look at what happens in it.
 
-        Returns the statistics of what each of the modules ``watched`` reads, and for each of ``linears`` how much an
-        error in each of its output channels moves the block's output: float32 [n], zeros if no token reached it.
+        Returns the statistics of what each of the modules ``watched`` reads, the same of the batches held out, and for
+        each of ``linears`` how much an error in each of its output channels moves the block's output: float32 [n],
+        zeros if no token reached it.
 
-        The latter is the diagonal of J^T J, J the derivative of the block's output by the linear's, averaged over
+        The last is the diagonal of J^T J, J the derivative of the block's output by the linear's, averaged over
         tokens: the squared gradient of a random-sign projection of the output has that expectation (Hutchinson's
         estimator). So a search that weighs rows by it minimises the error of the block and not of its linears one by
         one. The signs depend on ``seed``, the block and the batch.
         """
         statistics = {name: Statistics(self.ranks) for name in watched}
+        held_out = {name: Statistics(self.ranks) for name in watched}
         squares = {name: SlotSum(self.ranks) for name in linears or ()}
-        slot = 0
+        number = slot = 0
 
         def watch(name: str) -> Any:
             def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
-                statistics[name].add(args[0], slot)
+                (held_out if number in self._held_out else statistics)[name].add(args[0], slot)
 
             return hook
 
@@ -223,7 +230,7 @@ class BlockInputs:
                 hooks.callback(module.register_forward_pre_hook(watch(name)).remove)
             for name, linear in (linears or {}).items():
                 hooks.callback(linear.register_forward_hook(differentiate(name)).remove)
-            for at, (number, slot) in enumerate(self.places):  # noqa: B007 (the hooks read slot)
+            for at, (number, slot) in enumerate(self.places):  # noqa: B007 (the hooks read them)
                 output = self._run(index, block, at)
                 if output.requires_grad and linears:
                     signs = torch.randint(0, 2, output.shape, generator=generator(seed, index, number))
@@ -234,7 +241,7 @@ class BlockInputs:
             total = squares[name].total
             mean = torch.zeros(linear.out_features) if total is None else total[0] / self._sensitive_tokens
             sensitivity[name] = mean
-        return statistics, sensitivity
+        return statistics, held_out, sensitivity
 
     def reading_order(self, index: int, block: nn.Module, linears: Mapping[str, nn.Module]) -> list[list[str]]:
         """The names of the linears in the order in which the block calls them, those that read the same in one list.
@@ -280,8 +287,8 @@ class BlockInputs:
         """Move the quantized model's hidden states on through its block, while its linears are quantized one by one.
 
         ``quantize(names, statistics)`` returns what stands in for the linears ``names``, which are one list of
-        ``order``, given the statistics of what they read when all that is called before them is quantized. Returns
-        what it returned for all of them. It is not called for linears that no token reaches.
+        ``order``, given the statistics of what they read when all that is called before them is quantized, batches held
+        out left out. Returns what it returned for all of them. It is not called for linears that no token reaches.
 
         Every batch runs the block once, as a coroutine (greenlet) that stops at each linear until that is quantized.
         Of the linears at which batches wait, the one that comes first in ``order`` is taken. A batch that comes to a
@@ -322,7 +329,9 @@ class BlockInputs:
                 statistics = Statistics(self.ranks)
                 ready = [at for at in sorted(waiting) if waiting[at][0] == first]
                 for at in ready:
-                    statistics.add(waiting[at][1], self.places[at][1])
+                    number, slot = self.places[at]
+                    if number not in self._held_out:
+                        statistics.add(waiting[at][1], slot)
                 done.update(quantize(order[first], statistics))
                 for at in ready:
                     del waiting[at]

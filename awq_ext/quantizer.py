@@ -81,9 +81,10 @@ def quantize(
         shuffle: draw the windows or rows by ``seed``, instead of using the first.
         pack: glue rows and cut them into full windows. None: texts are, token ids are not.
         seed: of what ``shuffle`` draws, and of the random signs in the estimate of how much each linear's rows matter.
-        w_bit: 4.
+        w_bit: 4, or 2..8 to see what other numbers of bits would do. Those are only simulated: linears stay nn.Linear,
+            with weights that are rounded to them and then to the model's dtype (float32 holds them exactly).
         q_group_size: input channels that share a scale and a zero; -1 is all of them.
-        zero_point: asymmetric codes (AutoAWQ's default). False: every zero is 8.
+        zero_point: asymmetric codes (AutoAWQ's default). False: every zero is in the middle of the codes.
         modules_to_not_convert: parts of names; linears whose full name contains one are not quantized. They still get
             their part of a scale that is moved out of what they read.
         method: ``"awq"``: scales and clipped ranges are searched, weights rounded to nearest. ``"awq+"``: the same
@@ -153,6 +154,10 @@ def quantize(
     if resume and (out is None or results is not None or isinstance(model, nn.Module)):
         raise ValueError("quantize: resume takes a model given by its directory, an out, and no search_results")
     out = None if out is None else Path(out).expanduser().absolute()
+    if out is not None and config["w_bit"] != 4:
+        raise ValueError(
+            f"quantize: w_bit {config['w_bit']} is only simulated: checkpoints hold 4 bits. Leave out the directory"
+        )
     if out is not None:
         check_replaceable(out)  # before the minutes of work
     original, source = _open(model, blocks, results)
@@ -163,6 +168,7 @@ def quantize(
 
     settings = Settings(
         method=method,
+        w_bit=config["w_bit"],
         group_size=config["q_group_size"],
         zero_point=bool(config["zero_point"]),
         modules_to_not_convert=tuple(config["modules_to_not_convert"] or ()),
@@ -179,6 +185,7 @@ def quantize(
     if out is not None:
         saved = None if isinstance(tokenizer, str) else tokenizer
         run.ranks.first(lambda: write_checkpoint(original.model, out, saved, source=source, read=run.read))
+        run.ranks.first(lambda: report.write(out))
         run.ranks.first(run.files.remove) if run.files is not None else None
     elif source is not None:
         original.complete()
@@ -210,8 +217,9 @@ def _merged(quant_config: Mapping[str, Any] | None, **arguments: Any) -> dict[st
             config[key] = value
         else:
             raise ValueError(f"quantize: unknown key {key!r} in quant_config, expected {', '.join(config)} or version")
-    if config["w_bit"] != 4:
-        raise ValueError(f"quantize: w_bit must be 4, got {config['w_bit']!r}")
+    bits = config["w_bit"]
+    if not isinstance(bits, int) or isinstance(bits, bool) or not 2 <= bits <= 8:
+        raise ValueError(f"quantize: w_bit must be a whole number of 2..8, got {bits!r}")
     if isinstance(config["modules_to_not_convert"], str):  # it would be taken letter by letter
         raise ValueError(
             f"quantize: modules_to_not_convert must be a list of names, got {config['modules_to_not_convert']!r}"
@@ -281,7 +289,7 @@ class _Run:
         uses = Counter(id(parameter) for _, parameter in self.model.named_parameters(remove_duplicate=False))
         self.shared = {name for name, p in self.model.named_parameters(remove_duplicate=False) if uses[id(p)] > 1}
         model_type = getattr(self.config, "model_type", type(self.model).__name__)
-        self.report = Report(settings.method, model_type, settings.group_size, settings.zero_point)
+        self.report = Report(settings.method, model_type, settings.group_size, settings.zero_point, settings.w_bit)
         if original.note is not None:
             self.report.notes.append(original.note)
         self.decisions: dict[str, Decision] = {}
@@ -339,6 +347,7 @@ class _Run:
             found = data()
             calibration, rows = self._calibration(found.rows), found.rows
             self.report.calibration_tokens, self.report.calibration = found.tokens, found.note
+            self.report.held_out_tokens = calibration.rows.held_out_tokens
         if durable is not None:
             files, settings = BlockFiles(durable.out), durable.settings(self.settings, original.blocks_name, rows)
             files.finished = self.ranks.first(lambda: files.open(settings, resume=durable.resume))
@@ -357,6 +366,7 @@ class _Run:
                 self.report.linears += part.linears
                 self.report.folds += part.folds
                 self.report.unscaled += part.unscaled
+                self.report.block_seconds.append(part.seconds)
                 task.advance(1)
         self.report.linears += [
             LinearReport(d.name, d.in_features, d.out_features, kept=d.reason)
@@ -365,7 +375,7 @@ class _Run:
         ]
         kept = tuple(x.name for x in self.report.kept if x.name not in NEVER_CONVERTED)
         self.report.linears += self.others
-        if self.config is not None:
+        if self.config is not None and self.settings.w_bit == 4:
             self.config.quantization_config = QuantConfig(
                 group_size=self.settings.group_size,
                 zero_point=self.settings.zero_point,

@@ -62,17 +62,9 @@ def logits(model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
         return model(tokens).logits
 
 
-class Unrounded(nn.Linear):
-    """What from_linear returns in the fold tests: the weight as it is after folding."""
-
-    def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
-        return self.weight.to(dtype)
-
-
-def unrounded(linear: nn.Linear, *_: object, **__: object) -> Unrounded:
-    twin = Unrounded(linear.in_features, linear.out_features, linear.bias is not None)
-    twin.load_state_dict(linear.state_dict())
-    return twin
+def unrounded(work: block._Work, name: str, *_: object) -> nn.Linear:
+    """What takes the place of a linear in the fold tests: its weight as it is after folding."""
+    return copy.deepcopy(work.linears[name])
 
 
 @pytest.mark.parametrize("kind", VARIANTS)
@@ -82,7 +74,7 @@ def test_folding_alone_leaves_the_model_as_it_was(
 ) -> None:
     model = small_model(kind, dtype)
     before = logits(copy.deepcopy(model).float(), ids())
-    monkeypatch.setattr(AwqLinear, "from_linear", staticmethod(unrounded))
+    monkeypatch.setattr(block._Work, "_module", unrounded)
     monkeypatch.setattr(block, "_restore", restore_norms)
     folded = run(model).float()
     report = folded.awq_report
@@ -177,7 +169,9 @@ def test_autoawq_quant_config_wins() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"w_bit": 3}, "w_bit must be 4"),
+        ({"w_bit": 9}, "w_bit must be a whole number of 2..8, got 9"),
+        ({"w_bit": "4"}, "w_bit must be"),
+        ({"w_bit": 3, "out": "/nowhere/awq"}, "w_bit 3 is only simulated"),
         ({"q_group_size": 0}, "q_group_size"),
         ({"q_group_size": "64"}, "q_group_size"),
         ({"method": "spqr"}, "method must be one of"),
