@@ -156,6 +156,11 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--no-clip", action="store_true", help="no search for clipped ranges")
     sub.add_argument("--skip", action="append", metavar="NAME", help="keep linears whose name has this in it (repeat)")
     sub.add_argument("--blocks", metavar="NAME", help="the list of decoder blocks (default: the one with most weights)")
+    sub.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on where the same command was interrupted; finished blocks are in .OUT.blocks beside OUT",
+    )
     data = sub.add_argument_group("calibration", "At most --samples x --seq-len tokens are read.")
     data.add_argument(
         "--calibration",
@@ -283,23 +288,20 @@ def _group_size(text: str) -> int:
 
 
 def _quantize(args: argparse.Namespace) -> Output:
-    from awq_ext.checkpoint import check_replaceable, resolve, save_quantized
-    from awq_ext.pretrained import load_tokenizer
-    from awq_ext.quantizer import quantize
+    from awq_ext.quantizer import quantize_to
     from awq_ext.windows import BUILTIN_TEXT
 
-    out = Path(args.out).expanduser().absolute()
-    check_replaceable(out)  # before the minutes of work
-    source = resolve(args.model)
     calibrates = args.method != "rtn" and args.search_results is None
     if args.calibration is not None and not calibrates:
         raise AwqError("--calibration has no use with --search-results or --method rtn, which look at no text")
-    tokenizer = load_tokenizer(source) if calibrates else None
+    if args.resume and args.search_results is not None:
+        raise AwqError("--resume has no use with --search-results, which takes no time that could be saved")
     if calibrates and args.calibration is None:
         _say("calibrating on Python's own help text; --calibration with text like yours gives a better model")
-    model: Any = quantize(
-        source,
-        tokenizer,
+    out = Path(args.out).expanduser().absolute()
+    report = quantize_to(
+        args.model,
+        out,
         calibration=args.calibration or BUILTIN_TEXT,
         samples=args.samples,
         seq_len=args.seq_len,
@@ -314,10 +316,9 @@ def _quantize(args: argparse.Namespace) -> Output:
         search_results=args.search_results,
         allow_pickle=args.allow_pickle,
         blocks=args.blocks,
+        resume=args.resume,
         progress=Progress(),
     )
-    save_quantized(model, out, tokenizer, source=source)
-    report = model.awq_report
     return Output({"out": str(out), **report.to_dict()}, [report.summary(), f"saved to {out}"])
 
 

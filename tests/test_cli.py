@@ -167,6 +167,34 @@ def test_quantize_draws_rows_of_a_file_by_seed(tiny_llama, tmp_path, run):
     assert any(not torch.equal(first[name], saved[name]) for name in saved)
 
 
+def test_quantize_resumes_what_was_interrupted(tiny_llama, text, quantized, tmp_path, run, fail, monkeypatch):
+    from awq_ext.block_files import BlockFiles
+
+    write = BlockFiles.write
+
+    def interrupted(self, index, *rest):
+        if index == 1:
+            raise KeyboardInterrupt
+        write(self, index, *rest)
+
+    command = ["quantize", tiny_llama, tmp_path / "out", *QUICK, "--calibration", text]
+    with monkeypatch.context() as patched:
+        patched.setattr(BlockFiles, "write", interrupted)
+        assert cli.main([*map(str, command)]) == 130
+    assert not (tmp_path / "out").exists()
+    assert "seed" in fail(*command, "--seed", "1", "--resume")
+    assert "--resume has no use" in fail(*command[:-2], "--search-results", "x", "--resume")
+    finished = []
+    monkeypatch.setattr(
+        BlockFiles, "write", lambda self, index, *rest: (finished.append(index), write(self, index, *rest))
+    )
+    assert run(*command, "--resume")["calibration_tokens"] == 128
+    assert finished == [1]
+    weights = "model.safetensors"
+    assert (tmp_path / "out" / weights).read_bytes() == (quantized / weights).read_bytes()
+    assert [file.name for file in tmp_path.iterdir()] == ["out"]
+
+
 def test_quantize_notes_that_the_builtin_text_is_a_makeshift(tiny_llama, tmp_path, capsys):
     assert cli.main(["quantize", str(tiny_llama), str(tmp_path / "out"), *QUICK, "--json"]) == 0
     out, err = capsys.readouterr()
@@ -223,18 +251,18 @@ def test_quantize_refuses_what_it_cannot_do(tiny_llama, quantized, copy, text, t
     assert "not a file" in fail("quantize", tiny_llama, out, "--calibration", tmp_path / "no.txt")
     assert "no_such_list" in fail("quantize", tiny_llama, out, "--calibration", text, "--blocks", "no_such_list")
     assert not out.exists()
-    edit_json(copy / "config.json", model_type="no-such-thing", architectures=["NoSuchThing"])
-    assert "no-such-thing" in fail("quantize", copy, out, "--method", "rtn")
     for file in copy.glob("tokenizer*"):
         file.unlink()
     assert "no tokenizer can be loaded" in fail("quantize", copy, out)
+    edit_json(copy / "config.json", model_type="no-such-thing", architectures=["NoSuchThing"])
+    assert "no-such-thing" in fail("quantize", copy, out, "--method", "rtn")
 
 
 def test_quantize_refuses_before_the_work_to_write_over_something_else(copy, tmp_path, fail, monkeypatch):
     def never(*_, **__):
         raise AssertionError("quantized before it looked where to write")
 
-    monkeypatch.setattr("awq_ext.quantizer.quantize", never)
+    monkeypatch.setattr("awq_ext.quantizer._open", never)
     before = (copy / "model.safetensors").read_bytes()
     assert "would be lost" in fail("quantize", copy, copy)
     assert (copy / "model.safetensors").read_bytes() == before
