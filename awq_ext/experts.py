@@ -7,6 +7,7 @@ turns the former into the latter, so that they can be quantized, saved under tho
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -112,9 +113,9 @@ def open_experts(model: nn.Module, stored: Collection[str] = ()) -> dict[str, st
     """Replace all fused experts of a model by `OpenedExperts`, in place, but for those whose tensors are ``stored``.
 
     ``stored``: names of tensors that a checkpoint has for this model. Every replacement is run beside what it
-    replaces on random tokens for each expert, and must give the same up to rounding. Without values to run on (meta
-    device) it takes a class that states its layout, as those with transformers' ``use_experts_implementation`` do.
-    Returns the reason for each module with weights of three dimensions that stays as it is, by name.
+    replaces on random tokens for each expert, and must give the same up to rounding; on the meta device, where there
+    are no values to run on, a small copy of it with random ones is. Returns the reason for each module with weights of
+    three dimensions that stays as it is, by name.
     """
     kept: dict[str, str] = {}
     fused = [
@@ -145,9 +146,10 @@ def open_experts(model: nn.Module, stored: Collection[str] = ()) -> dict[str, st
 
 
 def _same(fused: nn.Module, opened: OpenedExperts) -> bool:
+    if fused.get_parameter("down_proj").is_meta:
+        fused = _miniature(fused)
+        opened = OpenedExperts(fused, opened._names)
     weight = fused.get_parameter("down_proj")
-    if weight.is_meta:
-        return hasattr(fused, "is_transposed")
     count, generator = opened.num_experts, torch.Generator().manual_seed(0)
     width = opened.get_submodule(f"0.{opened._names[0]}").get_parameter("weight").shape[1]
     x = torch.randn(max(count, 8), width, generator=generator)
@@ -159,6 +161,28 @@ def _same(fused: nn.Module, opened: OpenedExperts) -> bool:
     # A few roundings to the dtype, and what sums in another order differ by in float32.
     tolerance = 4 * torch.finfo(weight.dtype).eps + 1e-5
     return bool((got - expected).norm() <= tolerance * expected.norm())
+
+
+def _miniature(fused: nn.Module, experts: int = 4, channels: int = 8) -> nn.Module:
+    """A copy on the CPU with random values: of a few experts, as wide as they are, with few channels inside."""
+    twin, generator = copy.deepcopy(fused), torch.Generator().manual_seed(0)
+    count, *shape = fused.get_parameter("down_proj").shape
+    transposed = getattr(fused, "is_transposed", False)
+    inside = {part: 1 + int(transposed) for part in ("gate_up_proj", "up_proj")}
+    inside |= {"gate_up_proj_bias": 1, "up_proj_bias": 1, "down_proj": 2 - int(transposed)}
+    inner = shape[inside["down_proj"] - 1]
+    for part, weight in list(twin.named_parameters(recurse=False)):
+        sizes = [experts, *weight.shape[1:]]
+        if part in inside:
+            sizes[inside[part]] = sizes[inside[part]] // inner * channels
+        setattr(twin, part, nn.Parameter(torch.empty(sizes)))
+    for key, value in list(vars(twin).items()):
+        if type(value) is int and value in (count, inner):
+            setattr(twin, key, experts if value == count else channels)
+    twin.to_empty(device="cpu").float()
+    for weight in twin.parameters():
+        weight.copy_(torch.randn(weight.shape, generator=generator) / weight.shape[-1] ** 0.5)
+    return twin
 
 
 # --- a few experts in place of all ----------------------------------------------------------------------------------
