@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from awq_ext import llm_awq, ops
 from awq_ext.calibrate import BlockInputs, Statistics
+from awq_ext.experts import read_alone
 from awq_ext.fold import Fold, apply_fold
 from awq_ext.linear import AwqLinear
 from awq_ext.measure import Codes, Measured, dequantize
@@ -179,7 +180,8 @@ class _Work:
         }
         self.reads = {name: shared[first.get(name, name)] for name in self.linears if first.get(name, name) in shared}
         for name, entry in self.entries.items():
-            entry.tokens = self.reads[name].tokens if name in self.reads else 0
+            counted = read_alone(self.block, name)
+            entry.tokens = self.reads[counted].tokens if counted in self.reads else 0
         self.report.unscaled += [
             UnscaledReport(self.prefix + name, "no calibration token reached it")
             for name in self.linears

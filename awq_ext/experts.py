@@ -185,6 +185,15 @@ def _miniature(fused: nn.Module, experts: int = 4, channels: int = 8) -> nn.Modu
     return twin
 
 
+def read_alone(block: nn.Module, linear: str) -> str:
+    """The linear whose inputs are those tokens that reach this one: in an expert its last, as the others may share
+    the statistics of all that reads the norm."""
+    expert, _, _ = linear.rpartition(".")
+    inside = block.get_submodule(expert)
+    layer = block.get_submodule(expert.rpartition(".")[0])
+    return f"{expert}.{layer._names[-1]}" if isinstance(layer, OpenedExperts) and inside is not layer else linear
+
+
 # --- a few experts in place of all ----------------------------------------------------------------------------------
 
 

@@ -252,6 +252,9 @@ def test_an_expert_that_no_token_reaches(method: str) -> None:
     quantize(model, **QUANTIZE, method=method)
     report, experts = model.awq_report, "model.layers.1.mlp.experts"
     assert {x.name: x.reason for x in report.unscaled} == {f"{experts}.3.down_proj": "no calibration token reached it"}
+    tokens = {x.name: x.tokens for x in report.linears if x.name.startswith(experts)}
+    assert [tokens[f"{experts}.3.{part}"] for part in ("gate_proj", "up_proj", "down_proj")] == [0, 0, 0]
+    assert sum(tokens[f"{experts}.{number}.gate_proj"] for number in range(5)) == 2 * 4 * 32  # two experts a token
     folds = {fold.producer: fold for fold in report.folds}
     assert f"{experts}.2.up_proj" in folds and f"{experts}.3.up_proj" not in folds
     assert f"{experts}.3.up_proj" in folds["model.layers.1.post_attention_layernorm"].readers
