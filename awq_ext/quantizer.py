@@ -301,7 +301,7 @@ class _Run:
         with progress.task("check weights", total=len(original.blocks)) as task:
             for index in range(len(original.blocks)):
                 for name, module in original.load(index).named_modules():
-                    self._survey(original.prefix(index) + name, module)
+                    self._survey((original.prefix(index) + name).rstrip("."), module)
                 original.unload(index)
                 task.advance(1)
         if all(decision.reason is not None for decision in self.decisions.values()):
