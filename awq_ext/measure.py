@@ -13,7 +13,7 @@ from torch import Tensor
 
 from awq_ext.report import LinearReport, Loss
 
-ROWS = 256
+ROWS = 128
 """Losses are measured on so many output channels at most, evenly spaced, which costs little beside the searches."""
 SALIENT = 100
 """One input channel in so many, those with the largest mean |x|, counts as salient, but at least one."""

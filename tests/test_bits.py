@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
+from typing import Any
+
 import pytest
 import reference as ref
 import torch
-from torch import Tensor
+from architectures import ids, small_model
+from torch import Tensor, nn
 
-from awq_ext import ops
+from awq_ext import ops, quantize
 
 BITS = range(2, 9)
 
@@ -89,3 +93,55 @@ def test_only_four_bits_can_be_packed() -> None:
     q, _, _ = ops.quantize(torch.randn(8, 32), group_size=32, w_bit=5)
     with pytest.raises(RuntimeError, match=r"awq_ext::pack: q must hold codes 0\.\.15"):
         ops.pack(q)
+
+
+# --- models ---------------------------------------------------------------------------------------------------------
+
+
+def quantized(method: str, w_bit: int, model: nn.Module | None = None, **options: Any) -> nn.Module:
+    rows: dict[str, Any] = {"calibration": ids(32, 16), "samples": 32, "seq_len": 16, "q_group_size": 16}
+    model = model or small_model("llama")
+    return quantize(model, method=method, w_bit=w_bit, **rows, **options)
+
+
+def error(model: nn.Module) -> float:
+    with torch.no_grad():
+        before = small_model("llama")(ids(4, 32)).logits
+        return float((model(ids(4, 32)).logits.float() - before).square().mean())
+
+
+@pytest.mark.parametrize(("w_bit", "zero_point"), [(2, True), (3, False), (8, True)])
+def test_a_simulated_linear_has_the_weight_that_its_codes_stand_for(w_bit: int, zero_point: bool) -> None:
+    original, model = small_model("llama"), quantized("rtn", w_bit, zero_point=zero_point)
+    for name, linear in original.model.layers.named_modules():
+        if not isinstance(linear, nn.Linear):
+            continue
+        q, s, z = ops.quantize(linear.weight, group_size=16, w_bit=w_bit, zero_point=zero_point)
+        want = (q.view(len(q), -1, 16).double() - z[..., None]) * s.double()[..., None]
+        got = model.model.layers.get_submodule(name)
+        assert type(got) is nn.Linear and not got.weight.requires_grad
+        assert torch.equal(got.weight.double(), want.flatten(1))
+        assert (got.bias is None) == (linear.bias is None) and got.training == linear.training
+    assert model.awq_report.w_bit == w_bit and "14 linears quantized to" in model.awq_report.summary()
+    assert not hasattr(model.config, "quantization_config")
+    quantized("rtn", 4, model)  # it is not a quantized model
+
+
+def test_every_bit_brings_a_model_nearer_and_every_method_gains() -> None:
+    rtn = [error(quantized("rtn", w_bit)) for w_bit in (2, 3, 4, 6, 8)]
+    assert all(b < 0.5 * a for a, b in itertools.pairwise(rtn)), rtn
+    awq, together = quantized("awq", 3), quantized("awq+", 3)
+    assert error(together) < error(awq) < rtn[1]
+    for model in (awq, together):
+        report = model.awq_report
+        assert len(report.quantized) == 14 and all(x.final is not None for x in report.quantized)
+        for module in model.model.layers.modules():
+            if isinstance(module, nn.Linear):
+                groups = module.weight.view(module.out_features, -1, 16)
+                assert all(len(group.unique()) <= 8 for group in groups.flatten(0, 1))
+
+
+def test_weights_go_back_to_the_dtype_of_the_model() -> None:
+    model = quantized("gptq", 5, small_model("llama").bfloat16())
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert error(model) < error(quantized("rtn", 4))
