@@ -8,6 +8,7 @@ turns the former into the latter, so that they can be quantized, saved under tho
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -26,7 +27,8 @@ class OpenedExperts(nn.Module):
 
     Called as the fused module it stands for: hidden_states [tokens, width], top_k_index [tokens, k] (which experts),
     top_k_weights [tokens, k] (times what); returns [tokens, width]. The sum over experts is taken in their order, in
-    the dtype of hidden_states.
+    the dtype of hidden_states. Or, as Llama 4's, with hidden_states alone: as many for each expert, one expert's after
+    the other's.
     """
 
     act_fn: nn.Module
@@ -39,9 +41,8 @@ class OpenedExperts(nn.Module):
         for name, child in fused.named_children():
             self.add_module(name, child)
         self._class, self._names = type(fused), names
-        self._concatenated, transposed = getattr(fused, "is_concatenated", True), getattr(fused, "is_transposed", False)
-        down = fused.get_parameter("down_proj")
-        self.num_experts = len(down)
+        self._concatenated, transposed = getattr(fused, "is_concatenated", True), _transposed(fused)
+        self.num_experts = len(fused.get_parameter("down_proj"))
         both = len(names) == 3
         first = "gate_up_proj" if both else "up_proj"
         for number in range(self.num_experts):
@@ -54,7 +55,12 @@ class OpenedExperts(nn.Module):
             linears = {name: _linear(*part) for name, part in zip(names, parts, strict=True)}
             self.add_module(str(number), nn.ModuleDict(linears))
 
-    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    def forward(
+        self, hidden_states: Tensor, top_k_index: Tensor | None = None, top_k_weights: Tensor | None = None
+    ) -> Tensor:
+        if top_k_index is None or top_k_weights is None:
+            parts = hidden_states.view(self.num_experts, -1, hidden_states.shape[-1])
+            return torch.cat([self._expert(number, x) for number, x in enumerate(parts)])
         output = torch.zeros_like(hidden_states)
         index = top_k_index % self.num_experts  # which are fewer than the router's in a shortened copy only
         for number in index.unique().tolist():
@@ -82,6 +88,13 @@ class OpenedExperts(nn.Module):
             return gated
         gate, up = gate_up.chunk(2, -1)
         return self.act_fn(gate) * up
+
+
+def _transposed(fused: nn.Module) -> bool:
+    """Whether weights are [inputs, outputs]: stated, or else told by what fits."""
+    first: Any = getattr(fused, "gate_up_proj", None)
+    first = getattr(fused, "up_proj", None) if first is None else first
+    return bool(getattr(fused, "is_transposed", first.shape[2] != fused.get_parameter("down_proj").shape[1]))
 
 
 def _rows(fused: nn.Module, name: str, number: int, transposed: bool) -> tuple[Tensor, Tensor | None]:
@@ -156,7 +169,9 @@ def _same(fused: nn.Module, opened: OpenedExperts) -> bool:
     x[::2] *= 4  # limits on what is large have to show, too
     index = torch.arange(2 * len(x)).remainder(count).view(-1, 2)
     weights = torch.rand(len(x), 2, generator=generator)
-    arguments = x.to(weight), index.to(weight.device), weights.to(weight)
+    arguments = [x.to(weight), index.to(weight.device), weights.to(weight)]
+    if len(inspect.signature(fused.forward).parameters) == 1:
+        arguments = [torch.cat(arguments[:1] * count)]
     expected, got = fused(*arguments).float(), opened(*arguments).float()
     # A few roundings to the dtype, and what sums in another order differ by in float32.
     tolerance = 4 * torch.finfo(weight.dtype).eps + 1e-5
@@ -167,7 +182,7 @@ def _miniature(fused: nn.Module, experts: int = 4, channels: int = 8) -> nn.Modu
     """A copy on the CPU with random values: of a few experts, as wide as they are, with few channels inside."""
     twin, generator = copy.deepcopy(fused), torch.Generator().manual_seed(0)
     count, *shape = fused.get_parameter("down_proj").shape
-    transposed = getattr(fused, "is_transposed", False)
+    transposed = _transposed(fused)
     inside = {part: 1 + int(transposed) for part in ("gate_up_proj", "up_proj")}
     inside |= {"gate_up_proj_bias": 1, "up_proj_bias": 1, "down_proj": 2 - int(transposed)}
     inner = shape[inside["down_proj"] - 1]

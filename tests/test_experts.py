@@ -45,6 +45,14 @@ def gpt_oss() -> Any:
     return randomized(AutoModelForCausalLM.from_config(config))
 
 
+def llama4() -> Any:
+    """Transposed without saying so, and called with as many tokens for each expert, weighted before."""
+    config = AutoConfig.for_model(
+        "llama4_text", **GQA, intermediate_size_mlp=128, num_local_experts=5, interleave_moe_layer_step=1
+    )
+    return randomized(AutoModelForCausalLM.from_config(config))
+
+
 class Fused(nn.Module):
     """Experts as transformers keeps them, [experts, outputs, inputs], with ``kind`` of a difference."""
 
@@ -89,9 +97,9 @@ def routed() -> tuple[Tensor, Tensor, Tensor]:
 # --- what they compute ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("make", [gpt_oss, lambda: small_model("mixtral"), lambda: small_model("deepseek_v3")])
-def test_a_model_computes_the_same(make: Any) -> None:
-    model = make()
+@pytest.mark.parametrize("kind", ["gpt_oss", "llama4", "mixtral", "deepseek_v3"])
+def test_a_model_computes_the_same(kind: str) -> None:
+    model = {"gpt_oss": gpt_oss, "llama4": llama4}.get(kind, lambda: small_model(kind))()
     before, weights = logits(model), sum(parameter.numel() for parameter in model.parameters())
     assert open_experts(model) == {}
     assert sum(parameter.numel() for parameter in model.parameters()) == weights
@@ -227,6 +235,22 @@ def test_a_wrong_fold_of_experts_is_not_proven() -> None:
     assert changed in reason(up, producer="mlp.experts.4.gate_proj")
     assert changed in reason(up, rows=up.rows.flip(0))
     assert reason(up, readers=("mlp.experts.3.down_proj",)) == unlike
+
+
+@pytest.mark.parametrize(("make", "layer"), [(gpt_oss, "mlp"), (llama4, "feed_forward")])
+def test_folds_and_files_of_uncommon_experts(make: Any, layer: str, tmp_path: Path) -> None:
+    model = make()
+    before = logits(model)
+    quantize(model, **QUANTIZE, out=tmp_path / "out")
+    folds = {fold.producer: fold for fold in model.awq_report.folds}
+    norm = folds["model.layers.1.post_attention_layernorm"].readers
+    experts = f"model.layers.1.{layer}.experts"
+    assert {f"{experts}.{number}.{part}_proj" for number in range(5) for part in ("gate", "up")} < set(norm)
+    assert f"model.layers.1.{layer}.router" in norm
+    # GPT-OSS adds 1 to what up gives, so nothing can take the scale of down.
+    assert (f"{experts}.4.up_proj" in folds) == (make is llama4)
+    assert torch.equal(logits(load_quantized(tmp_path / "out")), logits(model))
+    assert float((logits(model) - before).norm() / before.norm()) < 0.5
 
 
 def test_a_shortened_block_is_whole_again() -> None:
