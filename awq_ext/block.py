@@ -182,10 +182,11 @@ class _Work:
         for name, entry in self.entries.items():
             counted = read_alone(self.block, name)
             entry.tokens = self.reads[counted].tokens if counted in self.reads else 0
+        known = {entry.name for entry in self.report.unscaled}
         self.report.unscaled += [
             UnscaledReport(self.prefix + name, "no calibration token reached it")
             for name in self.linears
-            if name not in self.reads
+            if name not in self.reads and self.prefix + name not in known
         ]
         return folds, order
 
