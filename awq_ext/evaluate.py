@@ -10,7 +10,7 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -121,8 +121,9 @@ def perplexity(
     losses: list[float] = []
     with (progress or Progress.silent()).task("score windows", total=len(windows)) as task:
         for row, count in zip(windows, counts, strict=True):
-            logits, target = _predictions(model, row, count), row[-count:].to(model.device)
-            losses.append(_loss(logits, target, len(losses), len(windows)))
+            logits, target = _predictions(model, row, count)
+            said = zip(_log_probabilities(logits), target.split(CHUNK), strict=True)
+            losses.append(_finite(sum(_nll(log_q, some) for log_q, some in said), len(losses), len(windows)))
             task.advance(note=f"perplexity {Perplexity.of(losses, counts[: len(losses)]).value:.2f}")
     return Perplexity.of(losses, counts)
 
@@ -146,33 +147,34 @@ def divergence(
     windows, counts = split(ids, window, bos, stride)
     _check_fits(model, windows)
     _check_fits(original, windows)
-    losses: dict[str, list[float]] = {"model": [], "original": []}
+    losses, original_losses = [0.0] * len(windows), [0.0] * len(windows)
     kl: list[Tensor] = []
     agreed = 0
     with (progress or Progress.silent()).task("compare windows", total=len(windows)) as task:
         for index, (row, count) in enumerate(zip(windows, counts, strict=True)):
-            q, p = _predictions(model, row, count), _predictions(original, row, count).to(model.device)
+            q, target = _predictions(model, row, count)
+            p = _predictions(original, row, count)[0].to(q.device)
             if p.shape != q.shape:
                 raise AwqError(
                     f"the model predicts one of {q.shape[-1]} tokens, the original one of {p.shape[-1]}: "
                     "they do not belong together"
                 )
-            target = row[-count:].to(q.device)
-            losses["model"].append(_loss(q, target, index, len(windows)))
-            losses["original"].append(_loss(p, target, index, len(windows)))
             agreed += int((p.argmax(-1) == q.argmax(-1)).sum())
-            for some_p, some_q in zip(p.split(64), q.split(64), strict=True):  # a vocabulary is wide
-                log_p, log_q = some_p.float().log_softmax(-1), some_q.float().log_softmax(-1)
+            said = zip(_log_probabilities(p), _log_probabilities(q), target.split(CHUNK), strict=True)
+            for log_p, log_q, some in said:
+                losses[index] += _nll(log_q, some)
+                original_losses[index] += _nll(log_p, some)
                 # Never negative, but for rounding.
                 kl.append((log_p.exp() * (log_p - log_q)).sum(-1).clamp(min=0).double().cpu())
+            _finite(losses[index] + original_losses[index], index, len(windows))
             task.advance(note=f"KL {torch.cat(kl).mean():.4f}")
     every = torch.cat(kl)
     return Divergence(
         kl=float(every.mean()),
         kl_p99=float(every.quantile(0.99)),
         top1=agreed / len(every),
-        model=Perplexity.of(losses["model"], counts),
-        original=Perplexity.of(losses["original"], counts),
+        model=Perplexity.of(losses, counts),
+        original=Perplexity.of(original_losses, counts),
     )
 
 
@@ -206,14 +208,25 @@ def first_tokens(text: str, tokenizer: Any, count: int) -> Tensor:
     return data.first_tokens([text], "", tokenizer, count)[0]
 
 
-def _predictions(model: Any, row: Tensor, count: int) -> Tensor:
-    """Logits [count, vocabulary] of the last ``count`` tokens of a window."""
-    logits: Tensor = model(input_ids=row[None].to(model.device), use_cache=False).logits
-    return logits[0, -1 - count : -1]
+CHUNK = 64
+"""Predictions whose distributions are in memory as float32 together: vocabularies are wide."""
 
 
-def _loss(logits: Tensor, target: Tensor, index: int, windows: int) -> float:
-    loss = torch.nn.functional.cross_entropy(logits.float(), target, reduction="sum").item()
+def _predictions(model: Any, row: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Logits [count, vocabulary] of the last ``count`` tokens of a window, and these tokens."""
+    row = row.to(model.device)
+    return model(input_ids=row[None], use_cache=False).logits[0, -1 - count : -1], row[-count:]
+
+
+def _log_probabilities(logits: Tensor) -> Iterator[Tensor]:
+    return (part.float().log_softmax(-1) for part in logits.split(CHUNK))
+
+
+def _nll(log_probabilities: Tensor, target: Tensor) -> float:
+    return -log_probabilities.gather(1, target[:, None]).double().sum().item()
+
+
+def _finite(loss: float, index: int, windows: int) -> float:
     if not math.isfinite(loss):
         raise AwqError(
             f"the model's loss is {loss} in window {index} of {windows}: its logits are not finite. "

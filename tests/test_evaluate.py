@@ -43,12 +43,14 @@ IDS = torch.randint(3, 320, (150,), generator=torch.Generator().manual_seed(0))
 
 
 @pytest.mark.parametrize("bos", [None, 1])
-@pytest.mark.parametrize("stride", [None, 15, 8, 5, 1])
-def test_perplexity_is_its_definition(loaded, bos, stride):
+@pytest.mark.parametrize(
+    ("length", "stride"), [(16, None), (16, 15), (16, 8), (16, 5), (16, 1), (2 * evaluate.CHUNK + 7, None)]
+)
+def test_perplexity_is_its_definition(loaded, bos, length, stride):
     model, _ = loaded
     ids = IDS if stride != 1 else IDS[:30]
     means, count = [], 0
-    windows = plain_windows(ids, 16, stride, bos)
+    windows = plain_windows(ids, length, stride, bos)
     for window, scored in windows:
         said = plain_log_probabilities(model, window)[-scored:]
         means.append(-said[torch.arange(scored), window[-scored:]].mean().item())
@@ -56,7 +58,7 @@ def test_perplexity_is_its_definition(loaded, bos, stride):
     if stride is not None and stride < 15:  # every token is predicted once, but those that are only read or left over
         assert count == windows[0][1] + (len(windows) - 1) * stride
 
-    result = evaluate.perplexity(model, None, ids, 16, stride, bos=bos)
+    result = evaluate.perplexity(model, None, ids, length, stride, bos=bos)
 
     nll = sum(mean * scored for mean, (_, scored) in zip(means, windows, strict=True)) / count
     assert result.tokens == count
@@ -122,23 +124,25 @@ def disturbed(tiny_llama):
     return model
 
 
-@pytest.mark.parametrize(("bos", "stride"), [(None, None), (1, None), (1, 6)])
-def test_divergence_is_its_definition(loaded, disturbed, bos, stride):
+@pytest.mark.parametrize(
+    ("length", "stride", "bos"), [(16, None, None), (16, None, 1), (16, 6, 1), (2 * evaluate.CHUNK + 7, 9, 1)]
+)
+def test_divergence_is_its_definition(loaded, disturbed, length, stride, bos):
     original, _ = loaded
     kl, agreed = [], []
-    for window, scored in plain_windows(IDS, 16, stride, bos):
+    for window, scored in plain_windows(IDS, length, stride, bos):
         p, q = (plain_log_probabilities(model, window)[-scored:] for model in (original, disturbed))
         kl += (p.exp() * (p - q)).sum(-1).tolist()
         agreed += (p.argmax(-1) == q.argmax(-1)).tolist()
 
-    result = evaluate.divergence(disturbed, original, IDS, 16, stride, bos=bos)
+    result = evaluate.divergence(disturbed, original, IDS, length, stride, bos=bos)
 
     assert result.kl == pytest.approx(sum(kl) / len(kl), rel=1e-4) and result.kl > 0.01
     assert result.kl_p99 == pytest.approx(torch.tensor(kl, dtype=torch.float64).quantile(0.99).item(), rel=1e-4)
     assert result.kl_p99 > result.kl
     assert result.top1 == sum(agreed) / len(agreed) and 0 < result.top1 < 1
-    assert result.model == evaluate.perplexity(disturbed, None, IDS, 16, stride, bos=bos)
-    assert result.original == evaluate.perplexity(original, None, IDS, 16, stride, bos=bos)
+    assert result.model == evaluate.perplexity(disturbed, None, IDS, length, stride, bos=bos)
+    assert result.original == evaluate.perplexity(original, None, IDS, length, stride, bos=bos)
     differences = torch.tensor(result.model.windows) - torch.tensor(result.original.windows)
     assert result.nll_difference == pytest.approx(math.log(result.model.value / result.original.value))
     assert result.nll_error == pytest.approx(float(differences.std() / len(differences) ** 0.5), rel=1e-4)
