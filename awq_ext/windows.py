@@ -57,7 +57,9 @@ def read(
 
     One text, or one sequence of token ids, is cut into ``samples`` windows of ``seq_len`` tokens each. Rows are glued
     and cut in the same way if ``pack`` says so; otherwise each stands alone: a longer one is cut into windows, a
-    shorter one stays as short as it is, and what has fewer than 2 tokens is dropped. No special tokens are added.
+    shorter one stays as short as it is, and what has fewer than 2 tokens is dropped. Windows and rows of text begin
+    with the token that the tokenizer begins a text with, if it does (Gemma's and Llama's do, and Gemma is lost without
+    it); it counts among their tokens. Nothing is added to token ids.
 
     Args:
         source: text (with a line break in it), or the name of a file: of text, or .jsonl, .json, .csv or .parquet
@@ -89,8 +91,10 @@ def read(
     if first is None:
         raise CalibrationError(f"there is no calibration data: {_shown(source)} is empty")
     rows = chain([first], rows)
+    if seq_len <= len(reader.lead):
+        raise CalibrationError(f"seq_len {seq_len} leaves no room for text behind the token that begins it")
     drawn_by = seed if shuffle else None
-    if joined or (isinstance(first, str) if pack is None else pack):
+    if joined or (reader.texts if pack is None else pack):
         return reader.windows(rows, joined, samples, seq_len, drawn_by)
     return reader.apart(rows, samples, seq_len, drawn_by)
 
@@ -141,7 +145,9 @@ def _open(source: Any) -> tuple[Iterable[Any], bool]:
         # No file has such a name. 4096: PATH_MAX of Linux.
         return ([source], True) if "\n" in source or len(source) > 4096 else _open_file(source)
     if isinstance(source, (Tensor, np.ndarray)):
-        return [source], source.ndim == 1
+        if source.ndim == 1:  # perhaps a memory-mapped file, so piece by piece
+            return (source[i : i + 2**20] for i in range(0, len(source), 2**20)), True
+        return source if source.ndim == 2 else [source], False
     if isinstance(source, Mapping):
         return [source], False
     if _is_list(source) and len(source) > 0 and isinstance(source[0], Integral):
@@ -214,6 +220,8 @@ class _Reader:
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
+        self.texts = False
+        """Whether the rows are texts; known from the first one on."""
         self._column: str | None = None
         self._masked = self._pads = 0
 
@@ -233,16 +241,23 @@ class _Reader:
         except CheckpointError:
             return [None] * len(names)
 
+    @cached_property
+    def lead(self) -> Tensor:
+        """What begins every row of a text: the token that the tokenizer itself begins a text with, if it has one."""
+        (bos,) = self.special("bos") if self.texts else [None]
+        ids = [] if bos is None else self.tokenizer("a")["input_ids"][:1]
+        return torch.tensor([token for token in ids if token == bos], dtype=torch.int64)
+
     def rows(self, items: Iterable[Any], joined: bool) -> Iterator[str | Tensor]:
         """Texts, or int64 [length] without padding."""
-        texts: bool | None = None
+        first = True
         for item in items:
             for row in self._rows(item, joined):
-                if texts is None:
-                    texts = isinstance(row, str)
-                    if texts and self.tokenizer is None:
+                if first:
+                    first, self.texts = False, isinstance(row, str)
+                    if self.texts and self.tokenizer is None:
                         raise CalibrationError("calibration text needs a tokenizer; pass one, or pass token ids")
-                if texts is not isinstance(row, str):
+                if self.texts is not isinstance(row, str):
                     raise CalibrationError(f"{EXPECTED}; got texts and token ids in one")
                 yield row
 
@@ -261,7 +276,9 @@ class _Reader:
     def _text_of(self, row: Mapping[str, Any]) -> Any:
         """The text in a row of a dataset, or the texts in a batch of rows."""
         if self._column is None:
-            texts = (name for name, value in row.items() if isinstance(value[0] if _is_list(value) else value, str))
+            texts = (
+                name for name, value in row.items() if isinstance(value[0] if _is_list(value) and value else value, str)
+            )
             self._column = "text" if "text" in row else next(texts, None)
         if self._column is None or self._column not in row:
             raise CalibrationError(
@@ -292,31 +309,31 @@ class _Reader:
 
     def windows(self, rows: Iterator[Any], joined: bool, samples: int, seq_len: int, seed: int | None) -> Windows:
         """All rows as one sequence, cut into full windows."""
-        first = next(rows)
-        rows, need = chain([first], rows), samples * seq_len
+        step = seq_len - len(self.lead)
+        need = samples * step
         count = need if seed is None else SPREAD * need
-        if isinstance(first, str):
+        if self.texts:
             ids, whole = first_tokens(rows, "" if joined else "\n", self.tokenizer, count)
             glue = "newlines"
         else:
             (end,) = [None] if joined else self.special("eos")
             ids, whole = _glued(rows, end, count)
             glue = "nothing" if end is None else f"token {end}, the end of a text,"
-        there = len(ids) // seq_len
+        there = len(ids) // step
         if there < samples:
             raise CalibrationError(
                 f"the calibration data has {len(ids)} tokens, but {samples} samples of {seq_len} need {need}. "
                 f"Pass more text, or at most {there} samples of {seq_len}"
             )
-        note = f"{need} tokens in {_many(samples, 'window')} of {seq_len}"
+        notes = [f"{samples * seq_len} tokens in {_many(samples, 'window')} of {seq_len}"]
         drawn = torch.arange(samples)
         if seed is not None:
             drawn = torch.randperm(there, generator=torch.Generator().manual_seed(seed))[:samples]
-            note += f", drawn with seed {seed} from {'all' if whole else 'the first'} {there}"
-        notes = [note] if joined else [note, f"rows glued with {glue} between them"]
-        if not whole or len(ids) > need:
-            notes.append("the rest left out")
-        return Windows([ids[i * seq_len : (i + 1) * seq_len] for i in drawn.tolist()], self._account(notes))
+            notes[0] += f", drawn with seed {seed} from {'all' if whole else 'the first'} {there}"
+        notes += [] if joined else [f"rows glued with {glue} between them"]
+        notes += [] if whole and len(ids) == need else ["the rest left out"]
+        used = [torch.cat([self.lead, ids[i * step : (i + 1) * step]]) for i in drawn.tolist()]
+        return Windows(used, self._account(notes))
 
     def apart(self, rows: Iterator[Any], samples: int, seq_len: int, seed: int | None) -> Windows:
         """Each row by itself."""
@@ -327,20 +344,24 @@ class _Reader:
             rows = chain((known[i] for i in order.tolist()), rows)
             drawn = f", drawn with seed {seed} from the first {len(known)}"
         need = left = samples * seq_len
-        least = min(2, seq_len)
+        least, lead = min(2, seq_len), len(self.lead)
         used: list[Tensor] = []
         read = longer = dropped = 0
         whole = True
         for row in rows:
             read += 1
+            room = left // seq_len * (seq_len - lead) + max(0, left % seq_len - lead)
             if isinstance(row, str):
-                ids, whole = first_tokens([row], "", self.tokenizer, left)
+                ids, whole = first_tokens([row], "", self.tokenizer, room)
             else:
-                ids, whole = row[:left], len(row) <= left
-            parts = [part for part in ids.split(seq_len) if len(part) >= least]
-            used += parts
+                ids, whole = row[:room], len(row) <= room
+            if lead and torch.equal(ids[:lead], self.lead):  # a text that begins with it in so many words
+                ids = ids[lead:]
+            parts = [torch.cat([self.lead, part]) for part in ids.split(seq_len - lead)]
             longer += len(parts) > 1
-            dropped += len(ids) - _length(parts)
+            dropped += sum(lead < len(part) < least for part in parts)
+            parts = [part for part in parts if len(part) >= least]
+            used += parts
             left -= _length(parts)
             if left < least:
                 break
@@ -357,6 +378,8 @@ class _Reader:
         return Windows(used, self._account(notes))
 
     def _account(self, notes: list[str]) -> str:
+        if len(self.lead):
+            notes.append(f"each begins with token {int(self.lead)}, as the tokenizer begins a text")
         if self._column not in (None, "text"):
             notes.append(f"texts from column {self._column!r}")
         if self._masked:

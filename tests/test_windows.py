@@ -97,6 +97,39 @@ def test_texts_are_glued_by_newlines_and_no_special_tokens_come_in() -> None:
     assert windows.note == "3 tokens in 1 window of 3; rows glued with newlines between them"
 
 
+def test_texts_begin_as_the_tokenizer_begins_them() -> None:
+    tokenizer = Words(TEXT + " <s>")
+    tokenizer.bos_token_id = -1  # which it puts in front by itself
+    windows = read([TEXT], tokenizer, 3, 4)
+    assert lists(windows) == [[-1, 1, 2, 3], [-1, 4, 5, 6], [-1, 7, 8, 9]]
+    assert windows.note.endswith("; each begins with token -1, as the tokenizer begins a text")
+    with pytest.raises(
+        CalibrationError, match=r"has 13 tokens, but 5 samples of 4 need 15\. .* at most 4 samples of 4"
+    ):
+        read([TEXT], tokenizer, 5, 4)
+    apart = read(["the", "", TEXT, "the quick"], tokenizer, 5, 4, pack=False)
+    assert lists(apart) == [[-1, 1], [-1, 1, 2, 3], [-1, 4, 5, 6], [-1, 7, 8, 9], [-1, 10, 11, 12], [-1, 13]]
+    assert "dropped" not in apart.note
+    with pytest.raises(CalibrationError, match="seq_len 1 leaves no room"):
+        read([TEXT], tokenizer, 1, 1)
+    tokenizer.ids["<s>"] = -1
+    assert lists(read(["<s> the quick", "<s>"], tokenizer, 5, 4, pack=False)) == [[-1, 1, 2]]  # not twice
+    assert lists(read([[1, 2, 3, 4]], tokenizer, 1, 4)) == [[1, 2, 3, 4]]  # ids are as they are
+    tokenizer.bos_token_id = 7  # known, but not put there
+    assert lists(read([TEXT], tokenizer, 1, 4)) == [[1, 2, 3, 4]]
+
+
+@pytest.mark.parametrize("pack", [False, True])
+def test_no_more_tokens_than_asked_for_with_the_token_that_begins_a_text(pack: bool) -> None:
+    tokenizer = Words("w")
+    tokenizer.bos_token_id = -1
+    for samples, seq_len, length in ((2, 5, 3), (2, 5, 4), (3, 4, 9), (2, 5, 1), (1, 2, 7), (3, 7, 5)):
+        windows = read(("w " * length for _ in count()), tokenizer, samples, seq_len, pack=pack)
+        rows = lists(windows)
+        assert all(row[0] == -1 and set(row[1:]) == {1} and 2 <= len(row) <= seq_len for row in rows)
+        assert samples * seq_len - windows.tokens == 0 if pack else samples * seq_len - windows.tokens < 2
+
+
 def test_the_rest_of_a_text_is_accounted_for() -> None:
     assert read([TEXT], TOKENIZER, 3, 4).note == (
         "12 tokens in 3 windows of 4; rows glued with newlines between them; the rest left out"
@@ -208,6 +241,17 @@ def test_first_tokens_know_whether_they_are_all() -> None:
         assert (ids.tolist(), all_of_it) == (list(range(1, min(count_, 13) + 1)), whole)
     ids, all_of_it = first_tokens([], "", TOKENIZER, 3)
     assert (ids.tolist(), all_of_it) == ([], True)
+
+
+def test_a_memory_mapped_array_is_read_piece_by_piece(tmp_path: Path) -> None:
+    values = np.arange(2**21, dtype=np.uint16)  # two pieces
+    values.tofile(tmp_path / "ids.bin")
+    ids = np.memmap(tmp_path / "ids.bin", dtype=np.uint16)
+    length = 2**20 + 5
+    (row,) = read(ids, None, 1, length).rows
+    assert row.dtype == torch.int64 and np.array_equal(row.numpy(), values[:length])
+    rows = lists(read(ids.reshape(-1, 4), None, 2, 4))
+    assert rows == [[0, 1, 2, 3], [4, 5, 6, 7]]
 
 
 # --- rows that stand alone ------------------------------------------------------------------------------------------
