@@ -68,13 +68,13 @@ class Ranks:
         """The sum of all processes' parts, each the sum of a subtree; None has nothing in it."""
         if self.count == 1:
             return part
-        shapes: list[Any] = [None] * self.count
-        dist.all_gather_object(shapes, None if part is None else [value.shape for value in part])
-        known = next((shape for shape in shapes if shape is not None), None)
+        kinds: list[Any] = [None] * self.count
+        dist.all_gather_object(kinds, None if part is None else [(value.shape, value.dtype) for value in part])
+        known = next((kind for kind in kinds if kind is not None), None)
         if known is None:
             return None
-        if part is None:
-            part = [torch.full(shape, -0.0) for shape in known]  # x + -0 is x, also where x is 0 or -0
+        if part is None:  # x + -0 is x, also where x is 0 or -0
+            part = [torch.full(shape, -0.0, dtype=dtype) for shape, dtype in known]
         bit = 1
         while bit < self.count:
             part = [value + _exchange(value, self.rank ^ bit) for value in part]
