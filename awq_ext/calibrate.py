@@ -11,8 +11,9 @@ from typing import Any
 import greenlet
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import keystr, tree_flatten_with_path
 
-from awq_ext.errors import CalibrationError
+from awq_ext.errors import CalibrationError, UnsupportedModelError
 from awq_ext.ranks import ALONE, Ranks, SlotSum, generator
 
 
@@ -88,7 +89,11 @@ class BlockInputs:
         batch: int = BATCH,
         ranks: Ranks | None = None,
     ) -> None:
-        """``rows``: token ids, int64 [length] each. Parts of the model behind the blocks are not run."""
+        """``rows``: token ids, int64 [length] each. Parts of the model behind the blocks are not run.
+
+        Raises CalibrationError if the model does not call all blocks, UnsupportedModelError if it calls them with
+        something else than hidden states that depends on the tokens.
+        """
         self.ranks = ranks or ALONE
         batches = [torch.stack(rows_) for rows_ in _batches(rows, batch)]
         self.places = self.ranks.batches(len(batches))
@@ -99,17 +104,20 @@ class BlockInputs:
         self._held_out = set(range(HELD_OUT - 1, len(batches), HELD_OUT))
         self.held_out_tokens = sum(batches[i].numel() for i in self._held_out)
         self._arguments: dict[torch.Size, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
-        self.hidden = self._capture(model, blocks, [batches[i] for i, _ in self.places])
+        self.ids = [batches[i] for i, _ in self.places]
+        self.hidden = self._capture(model, blocks)
         self.quantized = list(self.hidden)
 
-    def _capture(self, model: nn.Module, blocks: Sequence[nn.Module], batches: Sequence[Tensor]) -> list[Tensor]:
+    def _capture(self, model: nn.Module, blocks: Sequence[nn.Module]) -> list[Tensor]:
         """What the first block is called with, and the other arguments of all blocks, by the shape of the batch.
 
-        Those (masks, rotary embeddings) have to be the same for every batch of that shape. Behind the first block the
-        hidden states are handed through as they are; what a block returns beside them is what the first one does.
+        Those (masks, rotary embeddings) have to be the same for every batch of that shape, which two of them show.
+        Behind the first block the hidden states are handed through as they are; what a block returns beside them is
+        what the first one does.
         """
         states: list[Tensor] = []
         seen: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        compared: set[torch.Size] = set()
         beside: tuple[Any, ...] | None = None
         as_float = _AsFloat()
 
@@ -119,7 +127,7 @@ class BlockInputs:
                 hidden = args[0] if args else kwargs["hidden_states"]
                 if index == 0:
                     states.append(hidden.float())
-                    if known:
+                    if ids.shape in compared:
                         raise _Stop
                     if len(states) == 1:
                         output = forward(*args, **kwargs)
@@ -140,15 +148,19 @@ class BlockInputs:
         with ExitStack() as restored:
             for index, block in enumerate(blocks):
                 restored.enter_context(_forward_replaced(block, stand_in(index, block.forward)))
-            for ids in batches:
-                known = ids.shape in self._arguments
+            for ids in self.ids:
                 seen = []
                 with suppress(_Stop):
                     model(ids.to(device), **options)
-                if not known and len(seen) != len(blocks):
+                if ids.shape in compared:
+                    continue
+                if len(seen) != len(blocks):
                     raise CalibrationError(
                         f"the model called {len(seen)} of its {len(blocks)} blocks on the calibration data"
                     )
+                if ids.shape in self._arguments:
+                    _refuse_differing(self._arguments[ids.shape], seen)
+                    compared.add(ids.shape)
                 self._arguments.setdefault(ids.shape, seen)
         return states
 
@@ -156,9 +168,13 @@ class BlockInputs:
         """What the block is called with for the first batch: hidden states, other arguments, those by name."""
         return (self.hidden[0], *self._arguments[self.hidden[0].shape[:2]][index])
 
-    def _call(self, index: int, block: nn.Module, hidden: Tensor) -> Tensor:
+    def call(self, index: int, block: nn.Module, hidden: Tensor) -> Any:
+        """What the block returns for hidden states in front of it, of the shape of any of the batches."""
         args, kwargs = self._arguments[hidden.shape[:2]][index]
-        out = block(hidden, *args, **kwargs)
+        return block(hidden, *args, **kwargs)
+
+    def _call(self, index: int, block: nn.Module, hidden: Tensor) -> Tensor:
+        out = self.call(index, block, hidden)
         return out[0] if isinstance(out, tuple) else out
 
     def _run(self, index: int, block: nn.Module, at: int) -> Tensor:
@@ -349,6 +365,16 @@ def _forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterato
         del module.forward
         if own is not None:
             module.forward = own
+
+
+def _refuse_differing(before: Sequence[Any], after: Sequence[Any]) -> None:
+    for index, (one, other) in enumerate(zip(before, after, strict=True)):
+        for (path, a), (_, b) in zip(tree_flatten_with_path(one)[0], tree_flatten_with_path(other)[0], strict=True):
+            if isinstance(a, Tensor) and a is not b and not torch.equal(a, b):
+                raise UnsupportedModelError(
+                    f"block {index} is called with an argument {keystr(path)} that depends on the tokens; only hidden "
+                    "states are carried from block to block"
+                )
 
 
 def _batches(rows: Iterable[Tensor], most: int) -> Iterator[list[Tensor]]:

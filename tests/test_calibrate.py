@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from awq_ext.calibrate import BlockInputs, Statistics
-from awq_ext.errors import CalibrationError
+from awq_ext.errors import CalibrationError, UnsupportedModelError
 
 # --- statistics -----------------------------------------------------------------------------------------------------
 
@@ -201,10 +201,10 @@ def test_blocks_see_no_cache_and_the_model_is_left_as_it_was() -> None:
 
 
 @torch.no_grad()
-def test_statistics_are_of_all_rows_and_need_no_second_run() -> None:
+def test_statistics_are_of_all_rows_but_those_held_out_and_need_no_second_run() -> None:
     model: Any = llama()
     block = model.model.layers[0]
-    rows = rows_of(24, 24, 24, 24, 24, 7)
+    rows = rows_of(24, 24, 24, 24, 24, 7, 6, 5, 4, 3, 8, 9)  # nine batches, the eighth of which is held out: 8 tokens
     seen: list[Tensor] = []
     handle = block.mlp.down_proj.register_forward_pre_hook(lambda _, args: seen.append(args[0].flatten(0, -2)))
     for row in rows:
@@ -213,12 +213,15 @@ def test_statistics_are_of_all_rows_and_need_no_second_run() -> None:
     inputs = BlockInputs(model, list(model.model.layers), rows)
     once = BlockInputs(model, list(model.model.layers), rows)
     once.advance(0, block)
-    statistics, sensitivity = inputs.collect(0, block, {"down": block.mlp.down_proj}, {"up": block.mlp.up_proj})
-    x = torch.cat(seen)
-    x_mean, gram = statistics["down"].result("down")
-    assert statistics["down"].tokens == len(x) == sum(map(len, rows))
-    torch.testing.assert_close(x_mean, x.abs().mean(0), rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(gram, x.T @ x / len(x), rtol=1e-4, atol=1e-6)
+    watched, linears = {"down": block.mlp.down_proj}, {"up": block.mlp.up_proj}
+    statistics, held_out, sensitivity = inputs.collect(0, block, watched, linears)
+    assert inputs.held_out_tokens == 8
+    for found, parts in ((statistics["down"], [*seen[:-2], seen[-1]]), (held_out["down"], seen[-2:-1])):
+        x = torch.cat(parts)
+        x_mean, gram = found.result("down")
+        assert found.tokens == len(x)
+        torch.testing.assert_close(x_mean, x.abs().mean(0), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(gram, x.T @ x / len(x), rtol=1e-4, atol=1e-6)
     assert sensitivity["up"].shape == (48,) and (sensitivity["up"] > 0).all()
     assert all(torch.equal(a, b) for a, b in zip(inputs.hidden, once.hidden, strict=True))
     assert not any(hidden.requires_grad for hidden in inputs.hidden)
@@ -267,6 +270,35 @@ def test_a_block_that_is_never_called_is_an_error() -> None:
     assert all(not block._forward_pre_hooks for block in blocks)
 
 
+class PerLayer(Toy):
+    """Blocks are given something of each token, as Gemma 3n's."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        hidden = self.embed(ids)
+        for block in self.blocks:
+            hidden = block(hidden, scale={"per_token": ids[..., None] / 50})
+        return hidden
+
+
+class Scaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, hidden_states: Tensor, scale: dict[str, Tensor]) -> Tensor:
+        return self.linear(hidden_states * scale["per_token"])
+
+
+@torch.no_grad()
+def test_arguments_that_depend_on_the_tokens_are_refused() -> None:
+    blocks = [Scaled(), Scaled()]
+    rows = torch.arange(30).view(10, 3)
+    BlockInputs(PerLayer(*blocks), blocks, rows[:4])  # one batch
+    with pytest.raises(UnsupportedModelError, match=r"block 0 is called with an argument .*per_token.* depends on the"):
+        BlockInputs(PerLayer(*blocks), blocks, rows)
+    assert all("forward" not in vars(block) for block in blocks)
+
+
 @torch.no_grad()
 def test_errors_of_the_model_pass_through_and_leave_no_hooks() -> None:
     blocks = [Chained(TwoLayers())]
@@ -286,7 +318,7 @@ def test_sensitivity_is_the_square_of_the_derivative() -> None:
     linears = {"inner": block.inner, "outer": block.outer, "idle": idle}
 
     def found(seed: int) -> dict[str, Tensor]:
-        return BlockInputs(model, list(model.blocks), ids).collect(0, model.blocks[0], {}, linears, seed)[1]
+        return BlockInputs(model, list(model.blocks), ids).collect(0, model.blocks[0], {}, linears, seed)[2]
 
     first = found(0)
     assert {name: value.shape for name, value in first.items()} == {"inner": (12,), "outer": (8,), "idle": (5,)}
