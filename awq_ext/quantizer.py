@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import resource
 import sys
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 
 import awq_ext
 from awq_ext import llm_awq, windows
-from awq_ext.block import METHODS, BlockQuantizer, BlockReport, Calibration, Settings
+from awq_ext.block import METHODS, BlockQuantizer, BlockReport, Calibration, Settings, give_back_memory
 from awq_ext.block_files import BlockFiles
 from awq_ext.calibrate import BlockInputs
 from awq_ext.checkpoint import check_replaceable, load_quantized, write_checkpoint
@@ -304,7 +303,7 @@ class _Run:
                 for name, module in original.load(index).named_modules():
                     self._survey((original.prefix(index) + name).rstrip("."), module)
                 original.unload(index)
-                _give_back()
+                give_back_memory()
                 task.advance(1)
         if all(decision.reason is not None for decision in self.decisions.values()):
             raise UnsupportedModelError(
@@ -365,7 +364,7 @@ class _Run:
             quantizer = BlockQuantizer(self.settings, model_type, calibration, self.shared, original.plan, say)
             for index in range(len(original.blocks)):
                 part = self._block(index, quantizer, names)
-                _give_back()
+                give_back_memory()
                 self.report.linears += part.linears
                 self.report.folds += part.folds
                 self.report.unscaled += part.unscaled
@@ -444,16 +443,6 @@ def _memory() -> str:
     """The most that this process has had in memory."""
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return f"{most * (1 if sys.platform == 'darwin' else 1024) / 1e9:.1f} GB"
-
-
-def _give_back() -> None:
-    """Have the C library return memory that was freed to the system.
-
-    glibc keeps what lies between pieces in use, and more with every block: 100 MB, where a block has 7 MB of weights.
-    """
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
 
 
 def _other_weights(name: str, module: nn.Module, reason: str | None) -> list[LinearReport]:
