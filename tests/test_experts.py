@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from awq_ext import AwqLinear, load_quantized, quantize, replace_linears, save_quantized
+from awq_ext import AwqLinear, UnsupportedModelError, load_quantized, quantize, replace_linears, save_quantized
 from awq_ext.experts import OpenedExperts, open_experts, shortened
 from awq_ext.names import Names
 from awq_ext.trace import prove
@@ -109,7 +109,7 @@ def test_a_model_computes_the_same(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["", "plain", "limited", "norm"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_every_kind_of_experts(kind: str, dtype: torch.dtype) -> None:
     model = nn.ModuleDict({"experts": randomized(Fused(kind))}).to(dtype)
     x, index, weights = routed()
@@ -165,6 +165,13 @@ def test_experts_that_stay_fused_are_reported_and_saved(tmp_path: Path, monkeypa
     loaded.config._experts_implementation = "eager"
     assert not isinstance(loaded.model.layers[0].mlp.experts, OpenedExperts)
     assert torch.equal(logits(loaded), logits(model))
+
+
+def test_damaged_experts_are_refused_by_name() -> None:
+    model = small_model("mixtral")
+    model.model.layers[0].mlp.experts.down_proj.data[2, 3, 4] = torch.nan
+    with pytest.raises(UnsupportedModelError, match=r"model\.layers\.0\.mlp\.experts\.2\.w2\.weight has NaN"):
+        quantize(model, **QUANTIZE)
 
 
 # --- names ----------------------------------------------------------------------------------------------------------
