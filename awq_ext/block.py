@@ -279,6 +279,7 @@ class _Work:
 
         def compensate(names: Sequence[str], statistics: Statistics) -> Mapping[str, nn.Module]:
             self.say(f"codes of {', '.join(names[:3])}")
+            give_back_memory()
             # An expert may be reached by tokens only that are held out, or that the original's router sends elsewhere.
             gram = statistics.result(self.prefix + names[0])[1] if statistics.tokens else None
             quantized.update({name: self._quantized(name, gram) for name in names})
@@ -367,11 +368,19 @@ def _candidate_name(index: int) -> str:
     return f"x^{ratio:g} / w^{1 - ratio:g}" if duo else f"x^{ratio:g}"
 
 
+class _Allocator(ctypes.Structure):
+    """glibc's struct mallinfo2, of <malloc.h>."""
+
+    _fields_ = tuple((name, ctypes.c_size_t) for name in (*"abcdefgh", "free", "j"))
+
+
 def give_back_memory() -> None:
-    """Have the C library return memory that was freed to the system.
+    """Have the C library return memory that was freed to the system, if it is much.
 
     glibc keeps what lies between pieces in use, and more with every block: 100 MB, where a block has 7 MB of weights.
     """
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
+    library = ctypes.CDLL(None)
+    if hasattr(library, "mallinfo2") and hasattr(library, "malloc_trim"):
+        library.mallinfo2.restype = _Allocator
+        if library.mallinfo2().free > 64 * 2**20:
+            library.malloc_trim(ctypes.c_size_t(0))
