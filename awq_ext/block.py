@@ -27,6 +27,11 @@ METHODS = ("awq", "awq+", "gptq", "rtn")
 COMPENSATING = ("awq+", "gptq")
 """Methods that choose the codes of a weight together, see :func:`awq_ext.ops.quantize_compensated`."""
 
+RIDGE = 5.0
+"""RIDGE k / tokens times the mean of its diagonal is added to the diagonal of a Gram matrix [k, k] by which ranges and
+codes are chosen, so that they suit more than the tokens that it is of. Of the factors tried, this one loses least on
+other tokens of the same text, for 3584 and 14336 tokens and for k = 576 and 1536 (linears of SmolLM2-135M)."""
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -281,7 +286,9 @@ class _Work:
             self.say(f"codes of {', '.join(names[:3])}")
             give_back_memory()
             # An expert may be reached by tokens only that are held out, or that the original's router sends elsewhere.
-            gram = statistics.result(self.prefix + names[0])[1] if statistics.tokens else None
+            gram = None
+            if statistics.tokens:
+                gram = _with_ridge(statistics.result(self.prefix + names[0])[1], statistics.tokens)
             quantized.update({name: self._quantized(name, gram) for name in names})
             return quantized
 
@@ -305,7 +312,7 @@ class _Work:
         are chosen for them make up for some of the errors made there. None: as in the original model.
         """
         if gram is None and name in self.reads:
-            gram = self.reads[name].gram
+            gram = _with_ridge(self.reads[name].gram, self.reads[name].tokens)
         weight = self.linears[name].weight.detach().cpu()
         range = None
         if gram is not None and self.settings.apply_clip:
@@ -353,6 +360,11 @@ class _Input:
         """The input becomes x / scale."""
         self.x_mean, self.scale = self.x_mean / scale, self.scale * scale
         self.grams = [gram / scale / scale[:, None] for gram in self.grams]
+
+
+def _with_ridge(gram: Tensor, tokens: int) -> Tensor:
+    ridge = RIDGE * len(gram) / tokens * float(gram.diagonal().mean())
+    return gram + ridge * torch.eye(len(gram))
 
 
 def _restore(block: nn.Module, dtypes: Mapping[str, torch.dtype]) -> None:

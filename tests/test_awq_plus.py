@@ -9,7 +9,7 @@ import torch
 from test_quantizer import VARIANTS, ids, logits, run, small_model
 from torch import nn
 
-from awq_ext import AwqLinear, ops
+from awq_ext import AwqLinear, block, ops
 from awq_ext.calibrate import BlockInputs, Statistics
 
 READERS = [
@@ -200,13 +200,14 @@ def test_each_linear_is_rounded_for_the_inputs_that_the_quantized_model_gives_it
         return real(w, gram, **options)  # type: ignore[arg-type]
 
     monkeypatch.setattr(ops, "quantize_compensated", watch)
+    monkeypatch.setattr(block, "RIDGE", 0.0)
     run(model, method="gptq")
     order = [name for names in READERS for name in names]
     seen: dict[str, list[torch.Tensor]] = {}
-    for layer, block in enumerate(model.model.layers):
+    for index, layer in enumerate(model.model.layers):
         for name in order:
-            read = seen.setdefault(f"{layer}.{name}", [])
-            block.get_submodule(name).register_forward_pre_hook(lambda _, args, read=read: read.append(args[0]))
+            read = seen.setdefault(f"{index}.{name}", [])
+            layer.get_submodule(name).register_forward_pre_hook(lambda _, args, read=read: read.append(args[0]))
     logits(model, ids())
     for gram, read in zip(grams, seen.values(), strict=True):
         x = torch.cat([part.reshape(-1, part.shape[-1]) for part in read]).double()
