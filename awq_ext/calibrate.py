@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import keystr, tree_flatten_with_path
 
 from awq_ext.errors import CalibrationError, UnsupportedModelError
+from awq_ext.precision import fast_products
 from awq_ext.ranks import ALONE, Ranks, SlotSum, generator
 
 
@@ -101,8 +102,9 @@ class BlockInputs:
         tokens_before = itertools.accumulate((ids.numel() for ids in batches), initial=0)
         self._sensitive = {i for i, before in enumerate(tokens_before) if before < SENSITIVITY_TOKENS}
         self._sensitive_tokens = sum(ids.numel() for i, ids in enumerate(batches) if i in self._sensitive)
-        self._held_out = set(range(HELD_OUT - 1, len(batches), HELD_OUT))
-        self.held_out_tokens = sum(batches[i].numel() for i in self._held_out)
+        self.held_out = set(range(HELD_OUT - 1, len(batches), HELD_OUT))
+        """The numbers of the batches held out."""
+        self.held_out_tokens = sum(batches[i].numel() for i in self.held_out)
         self._arguments: dict[torch.Size, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
         self.ids = [batches[i] for i, _ in self.places]
         self.hidden = self._capture(model, blocks)
@@ -186,16 +188,19 @@ class BlockInputs:
         with torch.set_grad_enabled(sensitive):
             return self._call(index, block, self.hidden[at].detach().requires_grad_(sensitive))
 
+    @fast_products()
     def advance(self, index: int, block: nn.Module) -> None:
         """Move the original model's hidden states on through its block."""
         for at in range(len(self.hidden)):
             self.hidden[at] = self._run(index, block, at).detach()
 
+    @fast_products()
     def advance_quantized(self, index: int, block: nn.Module) -> None:
         """Move the quantized model's hidden states on through its block."""
         for at, hidden in enumerate(self.quantized):
             self.quantized[at] = self._call(index, block, hidden)
 
+    @fast_products()
     def collect(
         self,
         index: int,
@@ -222,7 +227,7 @@ class BlockInputs:
 
         def watch(name: str) -> Any:
             def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
-                (held_out if number in self._held_out else statistics)[name].add(args[0], slot)
+                (held_out if number in self.held_out else statistics)[name].add(args[0], slot)
 
             return hook
 
@@ -292,6 +297,7 @@ class BlockInputs:
             before = before + 1 if place is None else place
         return order
 
+    @fast_products()
     def quantize_in_turn(
         self,
         index: int,
@@ -346,7 +352,7 @@ class BlockInputs:
                 ready = [at for at in sorted(waiting) if waiting[at][0] == first]
                 for at in ready:
                     number, slot = self.places[at]
-                    if number not in self._held_out:
+                    if number not in self.held_out:
                         statistics.add(waiting[at][1], slot)
                 done.update(quantize(order[first], statistics))
                 for at in ready:

@@ -143,7 +143,8 @@ def _parser() -> argparse.ArgumentParser:
         choices=("awq", "awq+", "gptq", "rtn"),
         default="awq",
         help="awq (default): scales and clipped ranges are searched; awq+: also the codes of a weight are chosen "
-        "together; gptq: that without scales; rtn: round to nearest, no calibration",
+        "together, and scales and norms tuned end to end; gptq: codes chosen together, without scales or tuning; rtn: "
+        "round to nearest, no calibration",
     )
     sub.add_argument(
         "--group-size",
@@ -155,6 +156,12 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--no-zero-point", action="store_true", help="symmetric codes")
     sub.add_argument("--no-clip", action="store_true", help="no search for clipped ranges")
     sub.add_argument("--skip", action="append", metavar="NAME", help="keep linears whose name has this in it (repeat)")
+    sub.add_argument(
+        "--tune-passes",
+        type=int,
+        metavar="N",
+        help="how often to go over the calibration data to tune scales and norms (default: 1 with awq+, else 0)",
+    )
     sub.add_argument("--blocks", metavar="NAME", help="the list of decoder blocks (default: the one with most weights)")
     sub.add_argument(
         "--resume",
@@ -313,6 +320,7 @@ def _quantize(args: argparse.Namespace) -> Output:
         modules_to_not_convert=args.skip,
         method=args.method,
         apply_clip=not args.no_clip,
+        tune_passes=args.tune_passes,
         search_results=args.search_results,
         allow_pickle=args.allow_pickle,
         blocks=args.blocks,

@@ -32,6 +32,7 @@ from awq_ext.report import LinearReport, Report
 from awq_ext.storage import bytes_of
 from awq_ext.swap import NEVER_CONVERTED, Decision, as_linear, decide
 from awq_ext.trace import SEVERAL_TOKENS
+from awq_ext.tune import Batch, tune
 from awq_ext.windows import BUILTIN_TEXT, Windows
 
 SINGLE_TOKENS = 64  # windows of one token that folds are looked for on: enough to reach most experts of a mixture
@@ -55,6 +56,7 @@ def quantize(
     duo_scaling: bool = True,
     apply_clip: bool = True,
     scaled_activations: bool | None = None,
+    tune_passes: int | None = None,
     quant_config: Mapping[str, Any] | None = None,
     search_results: Any = None,
     allow_pickle: bool = False,
@@ -96,6 +98,9 @@ def quantize(
         scaled_activations: whether a linear behind an activation, which nothing else can scale, gets its scale from a
             :class:`awq_ext.scaled.ScaledActivation` there. None: in models of the types for which readers of
             checkpoints know them.
+        tune_passes: how many times to go over the calibration data, when all blocks are done, to tune the scales of all
+            groups and the weights of all norms by the divergence of the model's predictions from the original's
+            (:mod:`awq_ext.tune`). The quantized model is then in memory. None: 1 with ``"awq+"``, else 0.
         quant_config: AutoAWQ's dictionary; its ``w_bit``, ``q_group_size``, ``zero_point``, ``version`` and
             ``modules_to_not_convert`` win over the arguments.
         search_results: llm-awq's file of scales and clips (``--dump_awq``), or the dictionary in it. They are applied
@@ -144,6 +149,10 @@ def quantize(
         raise ValueError(f"quantize: method must be one of {', '.join(METHODS)}, got {method!r}")
     if search_results is not None and method != "awq":
         raise ValueError(f"quantize: search_results are of method 'awq', got method {method!r}")
+    if tune_passes is None:
+        tune_passes = int(method == "awq+")
+    if tune_passes < 0 or (tune_passes and (method == "rtn" or search_results is not None)):
+        raise ValueError(f"quantize: tune_passes must be 0 or more, and 0 without calibration, got {tune_passes}")
     if samples is None:
         samples = 32 if isinstance(calibration, str) and calibration == BUILTIN_TEXT else 128
     start = time.perf_counter()
@@ -178,7 +187,7 @@ def quantize(
         seed=seed,
     )
     durable = None if source is None or results is not None else out
-    run = _Run(original, settings, progress)
+    run = _Run(original, settings, tune_passes, progress)
     with torch.no_grad():
         report = run.run(data, _Durable(durable, source, resume) if durable and source else None)
     report.seconds = time.perf_counter() - start
@@ -187,7 +196,7 @@ def quantize(
         run.ranks.first(lambda: write_checkpoint(original.model, out, saved, source=source, read=run.read))
         run.ranks.first(lambda: report.write(out))
         run.ranks.first(run.files.remove) if run.files is not None else None
-    elif source is not None:
+    elif source is not None and not tune_passes:
         original.complete()
     quantized = original.model
     if load and any(tensor.is_meta for tensor in quantized.state_dict().values()):
@@ -280,8 +289,8 @@ def _refuse_quantized(config: Any, name: str) -> None:
 class _Run:
     """One run over one model."""
 
-    def __init__(self, original: Original, settings: Settings, progress: Progress) -> None:
-        self.original, self.settings, self.progress = original, settings, progress
+    def __init__(self, original: Original, settings: Settings, tune_passes: int, progress: Progress) -> None:
+        self.original, self.settings, self.tune_passes, self.progress = original, settings, tune_passes, progress
         self.model: Any = original.model
         self.config = getattr(self.model, "config", None)  # None: it is no transformers model
         self.ranks = Ranks()
@@ -370,6 +379,8 @@ class _Run:
                 self.report.unscaled += part.unscaled
                 self.report.block_seconds.append(part.seconds)
                 task.advance(1)
+        if calibration is not None and self.tune_passes:
+            self._tune(calibration.rows, rows, names)
         self.report.linears += [
             LinearReport(d.name, d.in_features, d.out_features, kept=d.reason)
             for d in self.decisions.values()
@@ -395,8 +406,38 @@ class _Run:
         else:
             part = quantizer.quantize(index, block, self.original.prefix(index), names)
             self.ranks.first(lambda: files.write(index, block, part))
-        self.original.drop(index)
+        if not self.tune_passes:
+            self.original.drop(index)
         return part
+
+    def _tune(self, inputs: BlockInputs, rows: list[Tensor], names: Collection[str]) -> None:
+        """Tune the quantized model, which is in memory, row by row. Every rank does all of it."""
+        model, blocks = self.model, self.original.blocks
+        self.original.complete()
+        first = BlockInputs(model, blocks, rows, batch=1)
+        batches: tuple[list[Batch], list[Batch]] = [], []
+        row = 0
+        for number, target in enumerate(self.ranks.gather(inputs.hidden)):
+            for own in target.split(1):
+                batches[number in inputs.held_out].append(Batch(first.ids[row], first.hidden[row], own))
+                row += 1
+        linears = {module: self._group_size(module) for module in map(model.get_submodule, sorted(names))}
+        tuned_on, held_out = batches
+        with self.progress.task("tune scales", total=self.tune_passes * len(tuned_on)) as task:
+            self.report.tuned = tune(
+                model,
+                blocks,
+                linears,
+                tuned_on,
+                held_out or tuned_on,
+                first.call,
+                passes=self.tune_passes,
+                seed=self.settings.seed,
+                done=lambda: task.advance(1),
+            )
+
+    def _group_size(self, linear: Any) -> int:
+        return linear.in_features if self.settings.group_size == -1 else self.settings.group_size
 
     def read(self, name: str) -> Tensor:
         """A tensor of the quantized model that is on the meta device, by the model's name for it."""

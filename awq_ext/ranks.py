@@ -64,6 +64,14 @@ class Ranks:
         result: T = outcome[0]
         return result
 
+    def gather(self, part: list[T]) -> list[T]:
+        """What all processes pass, in the order of their ranks."""
+        if self.count == 1:
+            return part
+        parts: list[Any] = [None] * self.count
+        dist.all_gather_object(parts, part)
+        return [item for one in parts for item in one]
+
     def add_up(self, part: list[Tensor] | None) -> list[Tensor] | None:
         """The sum of all processes' parts, each the sum of a subtree; None has nothing in it."""
         if self.count == 1:

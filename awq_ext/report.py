@@ -101,6 +101,23 @@ class UnscaledReport:
 
 
 @dataclass
+class Tuned:
+    """What :func:`awq_ext.tune.tune` did. Divergences are means over tokens, held out if any are, in nats."""
+
+    steps: int
+    kl_before: float
+    kl: float
+    kept: bool
+    """False: it became no less, so everything is as it was before."""
+
+    def __str__(self) -> str:
+        return (
+            f"{self.steps} steps of tuning scales and norms: divergence from the original on tokens held out "
+            f"from {self.kl_before:.4f} to {self.kl:.4f} nats{'' if self.kept else ', so it was undone'}"
+        )
+
+
+@dataclass
 class Report:
     """All of it. As JSON (`awq_report.json` beside a checkpoint) it is one object with these fields by name, nested as
     they are here; what is None is null, as is a number that is not finite. ``format`` is 1, and rises when a field
@@ -124,6 +141,8 @@ class Report:
     linears: list[LinearReport] = field(default_factory=list)
     folds: list[FoldReport] = field(default_factory=list)
     unscaled: list[UnscaledReport] = field(default_factory=list)
+    tuned: Tuned | None = None
+    """None: nothing was tuned."""
     notes: list[str] = field(default_factory=list)
     """What else is worth knowing of the run."""
 
@@ -156,6 +175,8 @@ class Report:
         if self.calibration:
             lines.append(f"calibrated on {self.calibration}")
         lines += self._losses()
+        if self.tuned is not None:
+            lines.append(str(self.tuned))
         refused = [fold for fold in self.folds if fold.refused is not None]
         if refused:
             lines.append(f"{len(refused)} scales gained nothing on tokens held out, so none is used:")

@@ -125,7 +125,7 @@ def _trace(
     twin: nn.Module, linears: Sequence[str], single: Inputs, several: Inputs, activations: Collection[str]
 ) -> Traced:
     probe = _Probe(twin, linears, _random_states(single), activations)
-    norms = {name: plus for name, module in twin.named_modules() if (plus := _is_norm(module)) is not None}
+    norms = {name: plus for name, module in twin.named_modules() if (plus := is_norm(module)) is not None}
     reasons: dict[str, str] = {}
     traced, taken = Traced(), set[str]()
     several = _random_states(several)
@@ -321,7 +321,7 @@ def _numbers(count: int) -> Tensor:
 # --- finding --------------------------------------------------------------------------------------------------------
 
 
-def _is_norm(module: nn.Module) -> float | None:
+def is_norm(module: nn.Module) -> float | None:
     """What the norm adds to its weight (see `norm_offset`); None if the module is none that can take a scale."""
     parameters = dict(module.named_parameters())
     weight = parameters.get("weight")

@@ -1,0 +1,294 @@
+"""End-to-end tuning: the scales of a quantized model and its norms, moved so that its predictions are the original's.
+
+Codes and zeros stay. What the file format leaves free besides them are one number for each group of each linear and the
+weights of the norms. Both are multiplied by factors that lower the Kullback-Leibler divergence of the quantized model's
+next-token distribution from the original's on the calibration rows, by gradient descent (Adam). To train step sizes end
+to end with frozen codes is EfficientQAT's idea (arXiv 2407.11062, "E2E-QP"), there on the language-model loss.
+
+The quantized model is held in memory in 4 bits, one block at a time besides that as floats: a step runs the blocks
+forward and keeps no more than their inputs, then runs them backward, each once more, from the last to the first.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from awq_ext import ops
+from awq_ext.errors import CalibrationError
+from awq_ext.fold import divide_norm
+from awq_ext.linear import AwqLinear
+from awq_ext.precision import fast_products
+from awq_ext.ranks import generator
+from awq_ext.report import Tuned
+from awq_ext.trace import is_norm
+
+RATE = 1e-3  # of change of a factor's logarithm in one step, at its height
+WARMUP = 4  # steps in which the rate rises to its height
+LEAST_RATE = 0.05  # of its height, which it falls to by the end
+CHUNK = 128  # positions whose logits are in memory at a time
+
+
+@dataclass
+class Batch:
+    """Rows of one length: ids int64 [rows, t]; hidden states float32 [rows, t, width] in front of the first block, and
+    those behind the last block of the original model."""
+
+    ids: Tensor
+    first: Tensor
+    target: Tensor
+
+
+Run = Callable[[int, nn.Module, Tensor], Any]
+"""Calls a block, of that index, with hidden states [rows, t, width] in front of it, and returns what it returns."""
+
+
+@torch.no_grad()
+@fast_products()
+def tune(
+    model: nn.Module,
+    blocks: Sequence[nn.Module],
+    linears: Mapping[nn.Module, int],
+    batches: Sequence[Batch],
+    held_out: Sequence[Batch],
+    run: Run,
+    *,
+    passes: int,
+    seed: int = 0,
+    done: Callable[[], None] = lambda: None,
+) -> Tuned:
+    """Tune the scales of the quantized ``linears`` in ``blocks`` and the weights of all norms of ``model``, in place.
+
+    ``linears`` gives the group size of each: an AwqLinear, or an nn.Linear whose weight is quantized, but not packed.
+
+    ``blocks`` are those of ``model``, quantized; what is behind them (final norm, output head) is the original's. Each
+    of the ``passes`` goes over all ``batches`` in an order drawn by ``seed``, a step each. All is computed in float32;
+    scales and norms are rounded to the dtypes they have, and the result is judged after that, by batches ``held_out``.
+    ``done`` is called after each step.
+
+    Raises CalibrationError if the divergence is not finite before anything is tuned.
+    """
+    order = [i for n in range(passes) for i in torch.randperm(len(batches), generator=generator(seed, n)).tolist()]
+    with _in_float32(model) as dtypes:
+        student = _Student(model, blocks, linears, run)
+        before = student.divergence(held_out)
+        if not math.isfinite(before):
+            raise CalibrationError("the quantized model's predictions are not finite on the calibration data")
+        optimizer = torch.optim.Adam(student.logs, lr=RATE, betas=(0.9, 0.95))
+        with student.scaled():
+            for step, i in enumerate(order):
+                rate = RATE * min(1.0, (step + 1) / WARMUP) * max(LEAST_RATE, 1 - step / len(order))
+                optimizer.param_groups[0]["lr"] = rate
+                optimizer.zero_grad()
+                student.backward(batches[i])
+                optimizer.step()
+                done()
+        old = student.store(dtypes)
+        after = student.divergence(held_out)
+        kept = after < before
+        if not kept:
+            for tensor, value in old:
+                tensor.copy_(value)
+    return Tuned(len(order), before, after, kept)
+
+
+@contextmanager
+def _in_float32(model: nn.Module) -> Iterator[dict[Tensor, torch.dtype]]:
+    """While it is open, all floats of the model are float32 and none asks for a gradient. Gives their own dtypes."""
+    floats = [t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()]
+    dtypes, trained = {t: t.dtype for t in floats}, {id(t) for t in floats if t.requires_grad}
+    try:
+        for tensor in floats:
+            tensor.requires_grad_(False)
+            tensor.data = tensor.data.float()
+        yield dtypes
+    finally:
+        for tensor, dtype in dtypes.items():
+            tensor.data = tensor.data.to(dtype)
+            tensor.requires_grad_(id(tensor) in trained)
+
+
+class _Student:
+    """The quantized model, with the logarithm of a factor for each group of its linears and channel of its norms."""
+
+    def __init__(
+        self, model: nn.Module, blocks: Sequence[nn.Module], linears: Mapping[nn.Module, int], run: Run
+    ) -> None:
+        self.model, self.blocks, self.run, self.group_sizes = model, blocks, run, linears
+        self.returns_tuple = [False] * len(blocks)
+        modules = dict.fromkeys(module for block in blocks for module in block.modules())
+        self.linears = {m: _log_factors(_weight(m)[:, ::size]) for m, size in linears.items()}
+        self.offsets = {m: plus for m in model.modules() if (plus := is_norm(m)) is not None}
+        self.norms = {m: _log_factors(m.get_parameter("weight")) for m in self.offsets}
+        # What is behind the blocks serves the original model, too.
+        behind = [p for m in self.norms if m not in modules for p in m.parameters()]
+        self.originals = [(parameter, parameter.data.clone()) for parameter in behind]
+        self.as_original = False
+
+    @property
+    def logs(self) -> list[Tensor]:
+        return [*self.linears.values(), *self.norms.values()]
+
+    @contextmanager
+    def scaled(self) -> Iterator[None]:
+        """While it is open, linears and norms have their factors."""
+
+        def linear(module: nn.Module, log: Tensor) -> Callable[[Tensor], Tensor]:
+            return lambda x: _Product.apply(x, _weight(module), module.bias, log)
+
+        def norm(log: Tensor) -> Any:
+            return lambda _, __, output: output if self.as_original else output * log.exp()
+
+        with ExitStack() as stack:
+            for module, log in self.linears.items():
+                stack.enter_context(_forward(module, linear(module, log)))
+            for normed, log in self.norms.items():
+                stack.callback(normed.register_forward_hook(norm(log)).remove)
+            yield
+
+    def divergence(self, batches: Sequence[Batch]) -> float:
+        """The mean over tokens."""
+        total = sum(self._divergence(batch, self._states(batch)[-1])[0] for batch in batches)
+        return total / sum(batch.ids.numel() for batch in batches)
+
+    def backward(self, batch: Batch) -> None:
+        """Add the gradients of the batch's mean divergence to those of the logarithms."""
+        states = self._states(batch)
+        _, gradient = self._divergence(batch, states.pop(), differentiate=True)
+        for index in reversed(range(len(self.blocks))):
+            hidden = states.pop().requires_grad_()
+            with torch.enable_grad():
+                self._call(index, hidden).backward(gradient)
+            assert hidden.grad is not None
+            gradient = hidden.grad
+
+    def _states(self, batch: Batch) -> list[Tensor]:
+        """The inputs of all blocks, and the output of the last."""
+        states = [batch.first.clone()]
+        for index in range(len(self.blocks)):
+            states.append(self._call(index, states[-1]))
+        return states
+
+    def _call(self, index: int, hidden: Tensor) -> Tensor:
+        output = self.run(index, self.blocks[index], hidden)
+        self.returns_tuple[index] = isinstance(output, tuple)
+        result: Tensor = output[0] if isinstance(output, tuple) else output
+        return result
+
+    def _divergence(self, batch: Batch, hidden: Tensor, differentiate: bool = False) -> tuple[float, Tensor]:
+        """The sum over tokens; if asked for, the gradient of the mean by the hidden states behind the last block."""
+        total, gradients = 0.0, []
+        for ids, own, target in zip(*(x.split(CHUNK, 1) for x in (batch.ids, hidden, batch.target)), strict=True):
+            wanted = self._original_predictions(ids, target)
+            with torch.set_grad_enabled(differentiate):
+                own = own.detach().requires_grad_(differentiate)
+                loss = nn.functional.kl_div(self._predictions(ids, own), wanted, reduction="sum", log_target=True)
+            total += float(loss)
+            if differentiate:
+                loss.backward(loss.new_tensor(1 / batch.ids.numel()))
+                assert own.grad is not None
+                gradients.append(own.grad)
+        return total, torch.cat(gradients, 1) if differentiate else hidden
+
+    def _original_predictions(self, ids: Tensor, hidden: Tensor) -> Tensor:
+        tuned = [parameter.data for parameter, _ in self.originals]
+        self.as_original = True
+        try:
+            for parameter, original in self.originals:
+                parameter.data = original
+            return self._predictions(ids, hidden)
+        finally:
+            self.as_original = False
+            for (parameter, _), value in zip(self.originals, tuned, strict=True):
+                parameter.data = value
+
+    def _predictions(self, ids: Tensor, hidden: Tensor) -> Tensor:
+        """Logarithms of the probabilities of the next token, from hidden states behind the last block.
+
+        The model is run on some positions only, with blocks that do nothing; what is behind them works position by
+        position in every causal language model.
+        """
+
+        with ExitStack() as stack:
+            for block, as_tuple in zip(self.blocks, self.returns_tuple, strict=True):
+                result = (hidden,) if as_tuple else hidden
+                stack.enter_context(_forward(block, lambda *_, result=result, **__: result))
+            output = self.model(ids)
+        logits: Tensor = output if isinstance(output, Tensor) else output.logits
+        return logits.float().log_softmax(-1)
+
+    def store(self, dtypes: Mapping[Tensor, torch.dtype]) -> list[tuple[Tensor, Tensor]]:
+        """Multiply the factors in. Returns the tensors that are changed, each with its old value.
+
+        ``dtypes``: what each is to be stored in; the results are rounded to that.
+        """
+        old: list[tuple[Tensor, Tensor]] = []
+
+        def put(tensor: Tensor, value: Tensor) -> None:
+            old.append((tensor, tensor.data.clone()))
+            tensor.data.copy_(value.to(dtypes[tensor]))
+
+        for linear, log in self.linears.items():
+            if isinstance(linear, AwqLinear):
+                put(linear.scales, linear.scales * log.exp().t())
+            else:
+                weight = linear.get_parameter("weight")
+                put(weight, _scale(weight, log))
+        for norm, log in self.norms.items():
+            weight, bias = norm.get_parameter("weight"), getattr(norm, "bias", None)
+            value, divisor = divide_norm(weight.data, (-log).exp(), self.offsets[norm], dtypes[weight])
+            put(weight, value)
+            if bias is not None:
+                put(bias, bias.data / divisor)
+        return old
+
+
+def _log_factors(tensor: Tensor) -> Tensor:
+    return torch.zeros_like(tensor, dtype=torch.float32, requires_grad=True)
+
+
+@contextmanager
+def _forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """While it is open, the module computes this instead."""
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward
+
+
+def _weight(linear: nn.Module) -> Tensor:
+    """float32 [n, k]"""
+    if not isinstance(linear, AwqLinear):
+        return linear.get_parameter("weight").detach()
+    words = linear.qweight, linear.scales, linear.qzeros
+    return ops.dequantize(*words, group_size=linear.group_size, dtype=torch.float32)
+
+
+def _scale(weight: Tensor, log: Tensor) -> Tensor:
+    """A weight [n, k] times exp of [n, groups]."""
+    return (weight.unflatten(1, (log.shape[1], -1)) * log.exp()[..., None]).flatten(1)
+
+
+class _Product(torch.autograd.Function):
+    """x @ w.T + bias for w = weight * exp(log), log [n, groups], with gradients for x and log."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, log: Tensor) -> Tensor:
+        weight = _scale(weight, log)
+        ctx.save_for_backward(x, weight)
+        ctx.groups = log.shape[1]
+        return nn.functional.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        x, weight = ctx.saved_tensors
+        by_weight = gradient.flatten(0, -2).t() @ x.flatten(0, -2)
+        by_log = (by_weight * weight).unflatten(1, (ctx.groups, -1)).sum(-1)  # as dw/dlog = w
+        return gradient @ weight, None, None, by_log

@@ -1,0 +1,146 @@
+"""End-to-end tuning: its gradients, what it changes and what not, and that it is undone where it does not help."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_quantizer import ids, small_model
+from torch import nn
+
+from awq_ext import AwqLinear, load_quantized, quantize, tune
+from awq_ext.calibrate import BlockInputs
+from awq_ext.pretrained import load_float
+from awq_ext.tune import Batch
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Thousands of tiny operators: threads would only wait for one another."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+OPTIONS: dict[str, Any] = {"calibration": ids(), "samples": 4, "seq_len": 32, "q_group_size": 16}
+
+
+def quantized(model: nn.Module, **options: Any) -> nn.Module:
+    return quantize(copy.deepcopy(model), **{**OPTIONS, "method": "awq+", **options})
+
+
+def divergence(model: nn.Module, original: nn.Module) -> float:
+    with torch.no_grad():
+        own, wanted = (m(ids()).logits.float().log_softmax(-1) for m in (model, original))
+    return float(nn.functional.kl_div(own, wanted, reduction="sum", log_target=True) / ids().numel())
+
+
+def test_gradients_are_those_of_autograd() -> None:
+    torch.manual_seed(0)
+    weight, bias = torch.randn(24, 32, dtype=torch.float64), torch.randn(24, dtype=torch.float64)
+    x = torch.randn(2, 5, 32, dtype=torch.float64, requires_grad=True)
+    log = (0.1 * torch.randn(24, 4, dtype=torch.float64)).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x, log: tune._Product.apply(x, weight, bias, log), (x, log))
+    expected = nn.functional.linear(x, weight * log.exp().repeat_interleave(8, 1), bias)
+    torch.testing.assert_close(tune._Product.apply(x, weight, bias, log), expected)
+
+
+def student_of(kind: str, monkeypatch: pytest.MonkeyPatch, chunk: int) -> tuple[tune._Student, Batch]:
+    """A quantized model with random factors, and a batch whose targets are random, too."""
+    monkeypatch.setattr(tune, "CHUNK", chunk)
+    model = quantized(small_model(kind), tune_passes=0).float()
+    blocks = list(model.model.layers)
+    linears = {m: m.group_size for m in model.modules() if isinstance(m, AwqLinear)}
+    with torch.no_grad():
+        inputs = BlockInputs(model, blocks, ids())
+        student = tune._Student(model, blocks, linears, inputs.call)
+        torch.manual_seed(1)
+        for log in student.logs:
+            log.copy_(0.1 * torch.randn_like(log))
+    return student, Batch(inputs.ids[0], inputs.hidden[0], torch.randn_like(inputs.hidden[0]))
+
+
+@pytest.mark.parametrize("kind", ["llama", "llama-mha-bias", "gemma3_text"])
+def test_the_gradient_of_all_is_that_of_the_divergence(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for chunk in (1000, 7):
+        student, batch = student_of(kind, monkeypatch, chunk)
+        direction = [torch.randn(log.shape, generator=torch.Generator().manual_seed(2)) for log in student.logs]
+        values = []
+        with torch.no_grad(), student.scaled():
+            student.backward(batch)
+            slope = sum(float((log.grad * d).sum()) for log, d in zip(student.logs, direction, strict=True))
+            for sign in (1, -1):
+                for log, d in zip(student.logs, direction, strict=True):
+                    log += sign * 1e-3 * d
+                values.append(student.divergence([batch]))
+                for log, d in zip(student.logs, direction, strict=True):
+                    log -= sign * 1e-3 * d
+        assert slope == pytest.approx((values[0] - values[1]) / 2e-3, rel=2e-2)
+        found.append((slope, *values))
+    assert found[0] == pytest.approx(found[1], rel=1e-3)  # however many positions at a time
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3_text", "qwen3"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tuned_models_are_nearer_to_the_original(
+    kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tune, "RATE", 5e-3)
+    model = small_model(kind, dtype)
+    before, after = quantized(model, tune_passes=0), quantized(model, tune_passes=4)
+    assert before.awq_report.tuned is None
+    tuned = after.awq_report.tuned
+    assert (tuned.steps, tuned.kept) == (16, True)
+    assert tuned.kl < tuned.kl_before
+    assert divergence(after, model) < 0.98 * divergence(before, model)
+    assert f"{tuned.kl:.4f}" in after.awq_report.summary()
+    names = dict(before.named_parameters())
+    assert all(p.dtype == dtype and p.requires_grad == names[n].requires_grad for n, p in after.named_parameters())
+    for (name, old), new in zip(before.state_dict().items(), after.state_dict().values(), strict=True):
+        free = name.endswith(".scales") or "norm" in name
+        assert old.dtype == new.dtype
+        assert free or torch.equal(old, new), name
+        assert not (name.endswith(".scales") and torch.equal(old, new)), name
+
+
+def test_what_makes_it_worse_is_undone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tune, "RATE", 3.0)
+    model = small_model("llama")
+    before, after = quantized(model, tune_passes=0), quantized(model, tune_passes=1)
+    tuned = after.awq_report.tuned
+    assert not tuned.kept and tuned.kl > tuned.kl_before
+    assert "undone" in after.awq_report.summary()
+    for (name, old), new in zip(before.state_dict().items(), after.state_dict().values(), strict=True):
+        assert torch.equal(old, new), name
+
+
+def test_simulated_bits_are_tuned_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tune, "RATE", 5e-3)
+    model = small_model("llama")
+    before, after = (quantized(model, w_bit=3, tune_passes=n) for n in (0, 4))
+    assert divergence(after, model) < divergence(before, model)
+
+
+def test_files_get_what_memory_gets(tmp_path: Path) -> None:
+    small_model("llama", torch.float16).save_pretrained(tmp_path / "original")
+    in_memory = quantized(load_float(tmp_path / "original", "auto"))
+    assert in_memory.awq_report.tuned.kept
+    streamed = quantize(tmp_path / "original", out=tmp_path / "out", method="awq+", **OPTIONS)
+    for model in (streamed, load_quantized(tmp_path / "out", dtype=torch.float16)):
+        for (name, mine), theirs in zip(in_memory.state_dict().items(), model.state_dict().values(), strict=True):
+            assert torch.equal(mine, theirs), name
+    again = quantize(tmp_path / "original", method="awq+", **OPTIONS)
+    for (name, mine), theirs in zip(in_memory.state_dict().items(), again.state_dict().values(), strict=True):
+        assert torch.equal(mine, theirs), name
+
+
+@pytest.mark.parametrize("options", [{"tune_passes": -1}, {"tune_passes": 1, "method": "rtn"}])
+def test_passes_that_make_no_sense_are_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="tune_passes"):
+        quantized(small_model("llama"), **options)
