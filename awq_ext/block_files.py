@@ -73,16 +73,22 @@ class BlockFiles:
         sync(self.directory)
 
     def write(self, index: int, block: nn.Module, report: BlockReport) -> None:
-        """Put a block and its report on the disk. Raises OSError."""
-        self._put(self._file(index, "json"), json.dumps(dataclasses.asdict(report)).encode())
+        """Put a block and its report on the disk. Raises CheckpointError if that fails."""
         tensors = block.state_dict()
-        new = self._file(index, "new")
-        new.unlink(missing_ok=True)
         kinds = [(name, NAME_OF[tensor.dtype], tuple(tensor.shape)) for name, tensor in tensors.items()]
-        with Writer(new, kinds) as writer:
-            for name, tensor in tensors.items():
-                writer.write(name, bytes_of(tensor))
-        self._rename(new, self._file(index))
+        new = self._file(index, "new")
+        try:
+            self._put(self._file(index, "json"), json.dumps(dataclasses.asdict(report)).encode())
+            new.unlink(missing_ok=True)
+            with Writer(new, kinds) as writer:
+                for name, tensor in tensors.items():
+                    writer.write(name, bytes_of(tensor))
+            self._rename(new, self._file(index))
+        except OSError as error:
+            raise CheckpointError(
+                f"{self._file(index)} could not be written: {error}. The {index} blocks before it are finished; resume "
+                "when that is mended"
+            ) from error
 
     def read(self, index: int, name: str) -> Tensor:
         """A tensor of a finished block, by its name in the block."""

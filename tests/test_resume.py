@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -127,6 +128,29 @@ def test_other_settings_are_named(original: Path, tmp_path: Path, monkeypatch: p
     assert {file.name: file.read_bytes() for file in (tmp_path / ".out.blocks").iterdir()} == kept
     report = quantize_to(copy, tmp_path / "out", **{**OPTIONS, "q_group_size": 32})  # without resume: anew
     assert report.group_size == 32 and not (tmp_path / ".out.blocks").exists()
+
+
+@pytest.mark.parametrize("original", ["llama"], indirect=True)
+def test_a_full_disk_is_told_and_what_was_written_is_good(
+    original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {**OPTIONS, "method": "rtn"}
+    quantize_to(original, tmp_path / "whole", **options)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(BlockFiles, "_rename", full_at("block-00001.safetensors", BlockFiles._rename))
+        with pytest.raises(CheckpointError, match=r"block-00001\.safetensors could not be written: .*No space left"):
+            quantize_to(original, tmp_path / "out", **options)
+    quantize_to(original, tmp_path / "out", resume=True, **options)
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
+
+
+def full_at(name: str, rename: Callable[..., None]) -> Callable[..., None]:
+    def fail(self: BlockFiles, new: Path, file: Path) -> None:
+        if file.name == name:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        rename(self, new, file)
+
+    return fail
 
 
 def test_what_cannot_be_resumed(tmp_path: Path) -> None:

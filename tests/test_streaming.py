@@ -121,7 +121,7 @@ def test_one_block_is_in_memory_at_a_time(original: Path, tmp_path: Path, monkey
 
     for method in ("load", "unload", "drop"):
         monkeypatch.setattr(Streamed, method, watch(getattr(Streamed, method)))
-    quantize_to(original, tmp_path / "out", method="awq+", **OPTIONS)
+    quantize_to(original, tmp_path / "out", method="gptq", **OPTIONS)
     assert loaded.count(0) == 6 and loaded.count(1) == 4
 
 
