@@ -19,7 +19,7 @@ from awq_ext.calibrate import Statistics
 from awq_ext.quantizer import quantize, quantize_to
 from awq_ext.ranks import SLOTS, Ranks, SlotSum, generator
 
-LENGTHS = [16] * 30 + [5, 5, 9] + [16] * 9  # 13 batches: uneven slots, rows of other lengths
+LENGTHS = [16] * 6 + [5, 9, 7, 16, 8, 16, 12, 16, 10, 16, 11]  # 13 batches: uneven slots, rows of other lengths
 PROCESSES = (1, 2, 4)
 
 
