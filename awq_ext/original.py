@@ -39,9 +39,12 @@ class Original:
     def _set_blocks(self, name: str | None) -> None:
         self.blocks_name = find_blocks(self.model) if name is None else name
         try:
-            self.blocks: list[nn.Module] = list(self.model.get_submodule(self.blocks_name).children())
+            found = self.model.get_submodule(self.blocks_name)
         except AttributeError as error:
             raise UnsupportedModelError(f"blocks: {error}") from error
+        if not isinstance(found, (nn.ModuleList, nn.Sequential)) or not len(found):
+            raise UnsupportedModelError(f"blocks: {self.blocks_name} must be a list of modules, got {type(found)}")
+        self.blocks: list[nn.Module] = list(found)
 
     def prefix(self, index: int) -> str:
         """What the names of a block's tensors begin with."""

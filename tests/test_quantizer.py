@@ -190,6 +190,8 @@ def test_a_model_without_a_list_of_blocks() -> None:
         run(nn.Sequential(nn.Linear(64, 64)))
     with pytest.raises(UnsupportedModelError, match="blocks: LlamaModel has no attribute `blocks`"):
         run(small_model("llama"), blocks="model.blocks")
+    with pytest.raises(UnsupportedModelError, match=r"blocks: model must be a list of modules, got .*LlamaModel"):
+        run(small_model("llama"), blocks="model")
 
 
 def test_quantized_models_are_refused() -> None:
