@@ -15,7 +15,7 @@ from torch.utils._pytree import keystr, tree_flatten_with_path
 
 from awq_ext.errors import CalibrationError, UnsupportedModelError
 from awq_ext.linear import AwqLinear
-from awq_ext.precision import fast_products
+from awq_ext.precision import fast_products, product
 from awq_ext.ranks import ALONE, Ranks, SlotSum, generator
 
 
@@ -192,16 +192,14 @@ class BlockInputs:
     @fast_products()
     def advance(self, index: int, block: nn.Module) -> None:
         """Move the original model's hidden states on through its block."""
-        for at in range(len(self.hidden)):
-            self.hidden[at] = self._run(index, block, at).detach()
+        with _fast_linears(block):
+            for at in range(len(self.hidden)):
+                self.hidden[at] = self._run(index, block, at).detach()
 
     @fast_products()
     def advance_quantized(self, index: int, block: nn.Module) -> None:
         """Move the quantized model's hidden states on through its block."""
-        with ExitStack() as restored:
-            for module in block.modules():
-                if isinstance(module, AwqLinear):
-                    restored.enter_context(_forward_replaced(module, _float_forward(module)))
+        with _fast_linears(block):
             for at, hidden in enumerate(self.quantized):
                 self.quantized[at] = self._call(index, block, hidden)
 
@@ -251,7 +249,7 @@ class BlockInputs:
 
             return hook
 
-        with ExitStack() as hooks:
+        with _fast_linears(block), ExitStack() as hooks:
             for name, module in watched.items():
                 hooks.callback(module.register_forward_pre_hook(watch(name)).remove)
             for name, linear in (linears or {}).items():
@@ -343,7 +341,7 @@ class BlockInputs:
                 name, read = reached
                 waiting[at] = turn[name], read
 
-        with ExitStack() as restored:
+        with _fast_linears(block), ExitStack() as restored:
             for name, linear in linears.items():
                 restored.enter_context(_forward_replaced(linear, stand_in(name)))
             runs = [greenlet.greenlet(self._call) for _ in self.quantized]
@@ -360,7 +358,7 @@ class BlockInputs:
                     if number not in self.held_out:
                         statistics.add(waiting[at][1], slot)
                 done.update(quantize(order[first], statistics))
-                forwards.update({name: _float_forward(done[name]) for name in order[first]})
+                forwards.update({name: _fast_forward(done[name]) for name in order[first]})
                 for at in ready:
                     del waiting[at]
                     proceed(at, runs[at])
@@ -379,13 +377,21 @@ def _forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterato
             module.forward = own
 
 
-def _float_forward(linear: nn.Module) -> Callable[[Tensor], Tensor]:
-    """What a quantized linear computes, as a product of floats, which is faster for many rows."""
-    if not isinstance(linear, AwqLinear):
-        return linear
-    weight, bias = linear.dequantize(torch.float32), linear.bias
-    bias = None if bias is None else bias.float()
-    return lambda x: nn.functional.linear(x, weight, bias)
+@contextmanager
+def _fast_linears(block: nn.Module) -> Iterator[None]:
+    """The linears of a block, quantized or not, compute as `_fast_forward` says."""
+    with ExitStack() as restored:
+        for module in block.modules():
+            if type(module) in (nn.Linear, AwqLinear):
+                restored.enter_context(_forward_replaced(module, _fast_forward(module)))
+        yield
+
+
+def _fast_forward(linear: nn.Module) -> Callable[[Tensor], Tensor]:
+    """What a linear computes, as a product of float weights, which is faster for many rows than one of packed codes."""
+    weight = linear.dequantize(torch.float32) if isinstance(linear, AwqLinear) else linear.get_parameter("weight")
+    bias = linear.bias
+    return product(weight, bias.float() if isinstance(bias, Tensor) else None)
 
 
 def _refuse_differing(before: Sequence[Any], after: Sequence[Any]) -> None:

@@ -1,30 +1,58 @@
-"""Matrix products of calibration at the speed of bfloat16."""
+"""Products of calibration in bfloat16, on a CPU that multiplies such numbers.
+
+Forward passes over the calibration data are most of a quantization's time, and a statistic over thousands of tokens, or
+a gradient, does not need the 24 bits of float32. Where a precision has been chosen with
+``torch.set_float32_matmul_precision`` or ``torch.backends.mkldnn.matmul.fp32_precision``, nothing is done here, so
+"highest" or "ieee" there gives float32 products.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+
+_PRODUCTS: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+_chosen_here = False  # the precision is torch's, of the whole process, and so is this
+
+
+def bfloat16_is_faster() -> bool:
+    """Whether this CPU multiplies bfloat16 numbers, and nobody else has chosen a precision."""
+    can: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return (_chosen_here or _PRODUCTS.fp32_precision == "none") and bool(can.get("avx512_bf16") or can.get("amx_bf16"))
 
 
 @contextmanager
 def fast_products() -> Iterator[None]:
-    """While it is open, float32 matrix products on a CPU that multiplies bfloat16 numbers are made of such products.
+    """While it is open, factors of float32 matrix products are rounded to bfloat16, if that is faster.
 
-    Factors are rounded to 8 bits, sums are float32. A statistic over thousands of tokens, or a gradient, does not need
-    more, and forward passes over the calibration data are most of a quantization's time. A precision that has been set
-    with ``torch.backends.mkldnn.matmul.fp32_precision`` or ``torch.set_float32_matmul_precision`` stays as it is, so
-    "ieee" there gives float32 products.
+    Sums and results stay float32, which Gram matrices need: their small eigenvalues are differences.
     """
-    can: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    products: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    if products.fp32_precision != "none" or not (can.get("avx512_bf16") or can.get("amx_bf16")):
+    global _chosen_here
+    if _chosen_here or not bfloat16_is_faster():
         yield
         return
-    products.fp32_precision = "bf16"
+    _chosen_here, _PRODUCTS.fp32_precision = True, "bf16"
     try:
         yield
     finally:
-        products.fp32_precision = "none"
+        _chosen_here, _PRODUCTS.fp32_precision = False, "none"
+
+
+def product(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
+    """x -> x @ weight.T + bias in float32, with products and results rounded to bfloat16 if that is faster.
+
+    Nearly twice as fast as what `fast_products` makes of a float32 product, which converts both factors every time.
+    """
+    if weight.device.type != "cpu" or weight.dtype != torch.float32 or not bfloat16_is_faster():
+        return lambda x: nn.functional.linear(x, weight, bias)
+    half = weight.bfloat16()
+
+    def multiply(x: Tensor) -> Tensor:
+        y = nn.functional.linear(x.bfloat16(), half).float()
+        return y if bias is None else y + bias
+
+    return multiply

@@ -414,6 +414,7 @@ class _Run:
         """Tune the quantized model, which is in memory, row by row. Every rank does all of it."""
         model, blocks = self.model, self.original.blocks
         self.original.complete()
+        inputs.quantized.clear()
         first = BlockInputs(model, blocks, rows, batch=1)
         batches: tuple[list[Batch], list[Batch]] = [], []
         row = 0

@@ -21,10 +21,11 @@ import torch
 from torch import Tensor, nn
 
 from awq_ext import ops
+from awq_ext.block import give_back_memory
 from awq_ext.errors import CalibrationError
 from awq_ext.fold import divide_norm
 from awq_ext.linear import AwqLinear
-from awq_ext.precision import fast_products
+from awq_ext.precision import fast_products, product
 from awq_ext.ranks import generator
 from awq_ext.report import Tuned
 from awq_ext.trace import is_norm
@@ -32,7 +33,7 @@ from awq_ext.trace import is_norm
 RATE = 1e-3  # of change of a factor's logarithm in one step, at its height
 WARMUP = 4  # steps in which the rate rises to its height
 LEAST_RATE = 0.05  # of its height, which it falls to by the end
-CHUNK = 128  # positions whose logits are in memory at a time
+CHUNK = 64  # positions whose logits are in memory at a time
 
 
 @dataclass
@@ -88,6 +89,7 @@ def tune(
                 optimizer.zero_grad()
                 student.backward(batches[i])
                 optimizer.step()
+                give_back_memory()
                 done()
         old = student.store(dtypes)
         after = student.divergence(held_out)
@@ -284,11 +286,11 @@ class _Product(torch.autograd.Function):
         weight = _scale(weight, log)
         ctx.save_for_backward(x, weight)
         ctx.groups = log.shape[1]
-        return nn.functional.linear(x, weight, bias)
+        return product(weight, bias)(x)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
         x, weight = ctx.saved_tensors
-        by_weight = gradient.flatten(0, -2).t() @ x.flatten(0, -2)
+        by_weight = product(gradient.flatten(0, -2).t(), None)(x.flatten(0, -2).t()).t()
         by_log = (by_weight * weight).unflatten(1, (ctx.groups, -1)).sum(-1)  # as dw/dlog = w
-        return gradient @ weight, None, None, by_log
+        return product(weight.t(), None)(gradient), None, None, by_log

@@ -86,3 +86,15 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
         torch.manual_seed(0)
         LlamaForCausalLM(config).eval().save_pretrained(path)
     return path
+
+
+@pytest.fixture
+def float32_products() -> Iterator[None]:
+    """Calibration with float32 products on a CPU that would take bfloat16 ones."""
+    import torch
+
+    products = torch.backends.mkldnn.matmul
+    before = products.fp32_precision
+    products.fp32_precision = "ieee"
+    yield
+    products.fp32_precision = before

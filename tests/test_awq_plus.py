@@ -12,6 +12,8 @@ from torch import nn
 from awq_ext import AwqLinear, block, ops
 from awq_ext.calibrate import BlockInputs, Statistics
 
+pytestmark = pytest.mark.usefixtures("float32_products")
+
 READERS = [
     ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
     ["self_attn.o_proj"],
@@ -147,8 +149,8 @@ def test_every_batch_runs_the_block_once_and_waits_for_each_linear(order: list[l
 
         return hook
 
-    for name, stand_in in stand_ins.items():
-        stand_in.register_forward_hook(count(name))
+    for name, linear in linears.items():
+        linear.register_forward_hook(count(name))
 
     def quantize(names: list[str], statistics: Statistics) -> dict[str, nn.Module]:
         seen[names[0]] = statistics.result(names[0])[1], statistics.tokens

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from awq_ext.calibrate import BlockInputs, Statistics
 from awq_ext.errors import CalibrationError, UnsupportedModelError
 
+pytestmark = pytest.mark.usefixtures("float32_products")
+
 # --- statistics -----------------------------------------------------------------------------------------------------
 
 

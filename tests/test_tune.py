@@ -65,6 +65,7 @@ def student_of(kind: str, monkeypatch: pytest.MonkeyPatch, chunk: int) -> tuple[
     return student, Batch(inputs.ids[0], inputs.hidden[0], torch.randn_like(inputs.hidden[0]))
 
 
+@pytest.mark.usefixtures("float32_products")
 @pytest.mark.parametrize("kind", ["llama", "llama-mha-bias", "gemma3_text"])
 def test_the_gradient_of_all_is_that_of_the_divergence(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     found = []
