@@ -18,6 +18,9 @@ from awq_ext.linear import AwqLinear
 from awq_ext.precision import fast_products, product
 from awq_ext.ranks import ALONE, Ranks, SlotSum, generator
 
+STRIPE = 192
+"""Rows of a Gram matrix that are one product: the left of it, up to the diagonal, is left out."""
+
 
 class Statistics:
     """Of the input x [tokens, k] of a linear: the mean of |x| [k] and the mean of x^T x [k, k], both float32.
@@ -35,12 +38,13 @@ class Statistics:
             return
         sums = self._sums.of_slot(slot)
         if sums is None:
-            tokens = torch.tensor(len(rows), dtype=torch.float64)
-            self._sums.begin([tokens, rows.abs().sum(0), rows.T @ rows])
-        else:
-            sums[0] += len(rows)
-            sums[1] += rows.abs().sum(0)
-            sums[2].addmm_(rows.T, rows)
+            k = rows.shape[1]
+            sums = [torch.zeros((), dtype=torch.float64), rows.new_zeros(k), rows.new_zeros(k, k)]
+            self._sums.begin(sums)
+        sums[0] += len(rows)
+        sums[1] += rows.abs().sum(0)
+        for i in range(0, rows.shape[1], STRIPE):  # what is right of the diagonal, and a little more
+            sums[2][i : i + STRIPE, i:].addmm_(rows[:, i : i + STRIPE].T, rows[:, i:])
 
     @property
     def tokens(self) -> int:
@@ -52,7 +56,8 @@ class Statistics:
         if self._sums.total is None:
             raise CalibrationError(f"{name} got no calibration token")
         tokens, total, products = self._sums.total
-        x_mean, gram = total / int(tokens), products / int(tokens)
+        upper = products.triu() / int(tokens)
+        x_mean, gram = total / int(tokens), upper + upper.triu(1).T
         if not (torch.isfinite(x_mean).all() and torch.isfinite(gram).all()):
             raise CalibrationError(
                 f"the input of {name} is not finite on the calibration data: the model overflows there in "
