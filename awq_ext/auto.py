@@ -157,7 +157,8 @@ class AutoAWQForCausalLM(nn.Module):
         ``calib_data``: a list of texts or of token ids, a text file, or a dataset on the hub (``split`` of it).
         ``n_parallel_calib_samples`` and ``max_chunk_memory`` bounded AutoAWQ's memory; they change nothing here.
 
-        Raises ValueError for ``export_compatible`` or another ``text_column``, and whatever awq_ext.quantize raises.
+        Raises ValueError for ``export_compatible``, another ``text_column`` or a ``w_bit`` that cannot be saved, and
+        whatever awq_ext.quantize raises.
         """
         from awq_ext.quantizer import quantize
 
@@ -165,6 +166,9 @@ class AutoAWQForCausalLM(nn.Module):
             raise ValueError("export_compatible is not supported; the model is quantized and packed in one step")
         if text_column != "text":
             raise ValueError(f"text_column {text_column!r} is not supported; pass the texts themselves as calib_data")
+        w_bit = (quant_config or {}).get("w_bit", 4)
+        if w_bit != 4:
+            raise ValueError(f"w_bit must be 4, which is all that checkpoints hold, got {w_bit!r}")
         if isinstance(calib_data, str) and calib_data != "pileval" and split != "train":
             calib_data = f"{calib_data}:{split}"
         quantize(
