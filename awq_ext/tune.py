@@ -73,7 +73,7 @@ def tune(
     scales and norms are rounded to the dtypes they have, and the result is judged after that, by batches ``held_out``.
     ``done`` is called after each step.
 
-    Raises CalibrationError if the divergence is not finite before anything is tuned.
+    Raises CalibrationError if the divergence is not finite before anything is tuned, or the model returns no logits.
     """
     order = [i for n in range(passes) for i in torch.randperm(len(batches), generator=generator(seed, n)).tolist()]
     with _in_float32(model) as dtypes:
@@ -221,8 +221,13 @@ class _Student:
             for block, as_tuple in zip(self.blocks, self.returns_tuple, strict=True):
                 result = (hidden,) if as_tuple else hidden
                 stack.enter_context(_forward(block, lambda *_, result=result, **__: result))
-            output = self.model(ids)
-        logits: Tensor = output if isinstance(output, Tensor) else output.logits
+            output = self.model(ids.to(hidden.device))
+        logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
+        if not isinstance(logits, Tensor):
+            raise CalibrationError(
+                f"tuning needs the model's logits, but {type(self.model).__name__} returns a {type(output).__name__} "
+                "without any; pass tune_passes=0"
+            )
         return logits.float().log_softmax(-1)
 
     def store(self, dtypes: Mapping[Tensor, torch.dtype]) -> list[tuple[Tensor, Tensor]]:

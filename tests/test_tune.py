@@ -12,7 +12,7 @@ import torch
 from test_quantizer import ids, small_model
 from torch import nn
 
-from awq_ext import AwqLinear, load_quantized, quantize, tune
+from awq_ext import AwqLinear, CalibrationError, load_quantized, quantize, tune
 from awq_ext.calibrate import BlockInputs
 from awq_ext.pretrained import load_float
 from awq_ext.tune import Batch
@@ -145,3 +145,28 @@ def test_files_get_what_memory_gets(tmp_path: Path) -> None:
 def test_passes_that_make_no_sense_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="tune_passes"):
         quantized(small_model("llama"), **options)
+
+
+class Tupled(nn.Module):
+    """A model that is none of transformers', and returns its logits in a tuple."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        inner = small_model("llama")
+        self.model, self.lm_head = inner.model, inner.lm_head
+
+    def forward(self, tokens: torch.Tensor) -> Any:
+        return (self.lm_head(self.model(tokens).last_hidden_state),)
+
+
+class Plain(Tupled):
+    def forward(self, tokens: torch.Tensor) -> Any:
+        return super().forward(tokens)[0]
+
+
+def test_other_models_have_to_return_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tune, "RATE", 5e-3)
+    assert quantized(Plain(), tune_passes=2).awq_report.tuned.kept
+    with pytest.raises(CalibrationError, match=r"Tupled returns a tuple .* tune_passes=0"):
+        quantized(Tupled())
+    assert quantized(Tupled(), tune_passes=0).awq_report.tuned is None
