@@ -123,19 +123,20 @@ def main() -> None:
         Path(path).name: first_tokens(Path(path).read_text(encoding="utf-8"), tokenizer, args.tokens)
         for path in args.texts
     }
+    settings = {name: getattr(args, name) for name in ("group_size", "bits", "samples", "seq_len", "seeds", "bos")}
+    settings |= {"calibration": Path(args.calibration).name, "tokens": args.tokens, "window": 512}
+    name = f"quality_{args.name}_g{args.group_size}" + ("" if args.bits == 4 else f"_int{args.bits}")
     runs: list[dict[str, Any]] = []
     for version, model, facts in versions(args):
         for text, ids in texts.items():
             runs.append({"version": version, **facts, "text": text, **score(model, original, ids, bos)})
             print({key: round(value, 4) if isinstance(value, float) else value for key, value in runs[-1].items()})
-    means = averages(runs)
-    for version, by_text in means.items():
+        # After each version: whoever interrupts hours of this keeps what there is.
+        path = write(name, {"settings": settings, "runs": runs, "means": averages(runs)})
+    for version, by_text in averages(runs).items():
         for text, figures in by_text.items():
             print(f"{version:12} {text:24}", *(f"{name} {value:.4f}" for name, value in figures.items()))
-    settings = {name: getattr(args, name) for name in ("group_size", "bits", "samples", "seq_len", "seeds", "bos")}
-    settings |= {"calibration": Path(args.calibration).name, "tokens": args.tokens, "window": 512}
-    name = f"quality_{args.name}_g{args.group_size}" + ("" if args.bits == 4 else f"_int{args.bits}")
-    print(write(name, {"settings": settings, "runs": runs, "means": means}))
+    print(path)
 
 
 if __name__ == "__main__":
