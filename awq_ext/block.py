@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from awq_ext.experts import read_alone
 from awq_ext.fold import Fold, apply_fold
 from awq_ext.linear import AwqLinear
 from awq_ext.measure import Codes, Measured, dequantize
+from awq_ext.memory import give_back
 from awq_ext.report import FoldReport, LinearReport, UnscaledReport
 from awq_ext.scaled import may_be_scaled
 from awq_ext.swap import as_linear
@@ -46,6 +46,10 @@ class Settings:
     apply_clip: bool
     scaled_activations: bool | None
     seed: int
+
+    def group_of(self, in_features: int) -> int:
+        """How many of so many input channels share a scale."""
+        return in_features if self.group_size == -1 else self.group_size
 
 
 @dataclass
@@ -181,7 +185,7 @@ class _Work:
         statistics, held_out, self.sensitivity = rows.collect(
             self.index, self.block, watched, self.linears if searched else None, self.settings.seed
         )
-        give_back_memory()
+        give_back()
         shared = {
             name: _Input(seen, held_out[name], self.prefix + name) for name, seen in statistics.items() if seen.tokens
         }
@@ -284,7 +288,7 @@ class _Work:
 
         def compensate(names: Sequence[str], statistics: Statistics) -> Mapping[str, nn.Module]:
             self.say(f"codes of {', '.join(names[:3])}")
-            give_back_memory()
+            give_back()
             # An expert may be reached by tokens only that are held out, or that the original's router sends elsewhere.
             gram = None
             if statistics.tokens:
@@ -378,21 +382,3 @@ def _candidate_name(index: int) -> str:
     duo, step = divmod(index - 1, GRID)
     ratio = (step + 1) / GRID
     return f"x^{ratio:g} / w^{1 - ratio:g}" if duo else f"x^{ratio:g}"
-
-
-class _Allocator(ctypes.Structure):
-    """glibc's struct mallinfo2, of <malloc.h>."""
-
-    _fields_ = tuple((name, ctypes.c_size_t) for name in (*"abcdefgh", "free", "j"))
-
-
-def give_back_memory() -> None:
-    """Have the C library return memory that was freed to the system, if it is much.
-
-    glibc keeps what lies between pieces in use, and more with every block: 100 MB, where a block has 7 MB of weights.
-    """
-    library = ctypes.CDLL(None)
-    if hasattr(library, "mallinfo2") and hasattr(library, "malloc_trim"):
-        library.mallinfo2.restype = _Allocator
-        if library.mallinfo2().free > 64 * 2**20:
-            library.malloc_trim(ctypes.c_size_t(0))

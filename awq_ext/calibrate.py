@@ -155,7 +155,7 @@ class BlockInputs:
         device = next(blocks[0].parameters()).device
         with ExitStack() as restored:
             for index, block in enumerate(blocks):
-                restored.enter_context(_forward_replaced(block, stand_in(index, block.forward)))
+                restored.enter_context(forward_replaced(block, stand_in(index, block.forward)))
             for ids in self.ids:
                 seen = []
                 with suppress(_Stop):
@@ -348,7 +348,7 @@ class BlockInputs:
 
         with _fast_linears(block), ExitStack() as restored:
             for name, linear in linears.items():
-                restored.enter_context(_forward_replaced(linear, stand_in(name)))
+                restored.enter_context(forward_replaced(linear, stand_in(name)))
             runs = [greenlet.greenlet(self._call) for _ in self.quantized]
             for at, run in enumerate(runs):
                 proceed(at, run, index, block, self.quantized[at])
@@ -370,7 +370,7 @@ class BlockInputs:
 
 
 @contextmanager
-def _forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+def forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     """The module computes something else; its hooks stay. A forward of its own (accelerate's) is put back."""
     own = vars(module).get("forward")
     module.forward = forward
@@ -388,15 +388,19 @@ def _fast_linears(block: nn.Module) -> Iterator[None]:
     with ExitStack() as restored:
         for module in block.modules():
             if type(module) in (nn.Linear, AwqLinear):
-                restored.enter_context(_forward_replaced(module, _fast_forward(module)))
+                restored.enter_context(forward_replaced(module, _fast_forward(module)))
         yield
 
 
 def _fast_forward(linear: nn.Module) -> Callable[[Tensor], Tensor]:
     """What a linear computes, as a product of float weights, which is faster for many rows than one of packed codes."""
-    weight = linear.dequantize(torch.float32) if isinstance(linear, AwqLinear) else linear.get_parameter("weight")
     bias = linear.bias
-    return product(weight, bias.float() if isinstance(bias, Tensor) else None)
+    return product(float_weight(linear), bias.float() if isinstance(bias, Tensor) else None)
+
+
+def float_weight(linear: nn.Module) -> Tensor:
+    """The weight [n, k] of an AwqLinear in float32, or that of an nn.Linear as it is."""
+    return linear.dequantize(torch.float32) if isinstance(linear, AwqLinear) else linear.get_parameter("weight")
 
 
 def _refuse_differing(before: Sequence[Any], after: Sequence[Any]) -> None:

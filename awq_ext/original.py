@@ -70,7 +70,7 @@ class Original:
         raise KeyError(name)
 
     def complete(self) -> None:
-        """Load what is outside the blocks."""
+        """Load what is outside the blocks and not in memory yet."""
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,8 @@ class Streamed(Original):
         return value
 
     def complete(self) -> None:
-        self._places.fill(self._outside)
+        tensors = self.model.state_dict()
+        self._places.fill(name for name in self._outside if tensors[self._places.of[name][0]].is_meta)
         check_filled(self.model)
 
 

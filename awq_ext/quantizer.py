@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import resource
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -16,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 import awq_ext
-from awq_ext import llm_awq, windows
-from awq_ext.block import METHODS, BlockQuantizer, BlockReport, Calibration, Settings, give_back_memory
+from awq_ext import llm_awq, memory, windows
+from awq_ext.block import METHODS, BlockQuantizer, BlockReport, Calibration, Settings
 from awq_ext.block_files import BlockFiles
 from awq_ext.calibrate import BlockInputs
 from awq_ext.checkpoint import check_replaceable, load_quantized, write_checkpoint
@@ -133,7 +131,8 @@ def quantize(
         ValueError: arguments that make no sense; a number of processes that does not divide 8.
 
     Weights are searched and rounded in float32 whatever their dtype, one block at a time. Statistics are taken with
-    torch's own matrix product: their last bits, and rarely a choice between equals, may depend on its threads.
+    torch's own matrix product, whose factors are rounded to bfloat16 where that is faster (:mod:`awq_ext.precision`):
+    their last bits, and rarely a choice between equals, may depend on its threads.
 
     If torch.distributed is initialised, all its processes call this with the same arguments and share the calibration
     rows; every one gets the same model, whose bytes do not depend on their number, and rank 0 writes ``out``.
@@ -196,7 +195,7 @@ def quantize(
         run.ranks.first(lambda: write_checkpoint(original.model, out, saved, source=source, read=run.read))
         run.ranks.first(lambda: report.write(out))
         run.ranks.first(run.files.remove) if run.files is not None else None
-    elif source is not None and not tune_passes:
+    elif source is not None:
         original.complete()
     quantized = original.model
     if load and any(tensor.is_meta for tensor in quantized.state_dict().values()):
@@ -312,7 +311,7 @@ class _Run:
                 for name, module in original.load(index).named_modules():
                     self._survey((original.prefix(index) + name).rstrip("."), module)
                 original.unload(index)
-                give_back_memory()
+                memory.give_back()
                 task.advance(1)
         if all(decision.reason is not None for decision in self.decisions.values()):
             raise UnsupportedModelError(
@@ -343,11 +342,10 @@ class _Run:
             if decision.reason is not None or not self.settings.apply_clip:
                 continue
             size = decision.in_features // clip.bound.shape[1]
-            wanted = self.settings.group_size
-            if size != (decision.in_features if wanted == -1 else wanted):
+            if size != self.settings.group_of(decision.in_features):
                 raise CheckpointError(
                     f"{results.source}: {clip.linear} is clipped in groups of {size}, but is to be quantized with "
-                    f"group size {wanted}; pass q_group_size={size} (--group-size {size})"
+                    f"group size {self.settings.group_size}; pass q_group_size={size} (--group-size {size})"
                 )
 
     def run(self, data: Callable[[], Windows], durable: _Durable | None) -> Report:
@@ -367,13 +365,13 @@ class _Run:
             index = 0
 
             def say(what: str) -> None:
-                task.advance(0, note=f"block {index}: {what}; {_memory()}")
+                task.advance(0, note=f"block {index}: {what}; {memory.peak():.1f} GB")
 
             model_type = self.report.model_type
             quantizer = BlockQuantizer(self.settings, model_type, calibration, self.shared, original.plan, say)
             for index in range(len(original.blocks)):
                 part = self._block(index, quantizer, names)
-                give_back_memory()
+                memory.give_back()
                 self.report.linears += part.linears
                 self.report.folds += part.folds
                 self.report.unscaled += part.unscaled
@@ -422,7 +420,8 @@ class _Run:
             for own in target.split(1):
                 batches[number in inputs.held_out].append(Batch(first.ids[row], first.hidden[row], own))
                 row += 1
-        linears = {module: self._group_size(module) for module in map(model.get_submodule, sorted(names))}
+        quantized = map(model.get_submodule, sorted(names))
+        linears = {linear: self.settings.group_of(linear.in_features) for linear in quantized}
         tuned_on, held_out = batches
         with self.progress.task("tune scales", total=self.tune_passes * len(tuned_on)) as task:
             self.report.tuned = tune(
@@ -436,9 +435,6 @@ class _Run:
                 seed=self.settings.seed,
                 done=lambda: task.advance(1),
             )
-
-    def _group_size(self, linear: Any) -> int:
-        return linear.in_features if self.settings.group_size == -1 else self.settings.group_size
 
     def read(self, name: str) -> Tensor:
         """A tensor of the quantized model that is on the meta device, by the model's name for it."""
@@ -479,12 +475,6 @@ class _Run:
         if limit is not None and longest > limit:
             raise CalibrationError(f"seq_len {longest} is longer than the model's {limit} positions")
         return limit or 0
-
-
-def _memory() -> str:
-    """The most that this process has had in memory."""
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return f"{most * (1 if sys.platform == 'darwin' else 1024) / 1e9:.1f} GB"
 
 
 def _other_weights(name: str, module: nn.Module, reason: str | None) -> list[LinearReport]:

@@ -20,11 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from awq_ext import ops
-from awq_ext.block import give_back_memory
+from awq_ext.calibrate import float_weight, forward_replaced
 from awq_ext.errors import CalibrationError
 from awq_ext.fold import divide_norm
 from awq_ext.linear import AwqLinear
+from awq_ext.memory import give_back
 from awq_ext.precision import fast_products, product
 from awq_ext.ranks import generator
 from awq_ext.report import Tuned
@@ -69,8 +69,9 @@ def tune(
     ``linears`` gives the group size of each: an AwqLinear, or an nn.Linear whose weight is quantized, but not packed.
 
     ``blocks`` are those of ``model``, quantized; what is behind them (final norm, output head) is the original's. Each
-    of the ``passes`` goes over all ``batches`` in an order drawn by ``seed``, a step each. All is computed in float32;
-    scales and norms are rounded to the dtypes they have, and the result is judged after that, by batches ``held_out``.
+    of the ``passes`` goes over all ``batches`` in an order drawn by ``seed``, a step each. All is computed in float32,
+    but for factors that :mod:`awq_ext.precision` rounds; scales and norms are rounded to the dtypes they have, and the
+    result is judged after that, by batches ``held_out``.
     ``done`` is called after each step.
 
     Raises CalibrationError if the divergence is not finite before anything is tuned, or the model returns no logits.
@@ -89,7 +90,7 @@ def tune(
                 optimizer.zero_grad()
                 student.backward(batches[i])
                 optimizer.step()
-                give_back_memory()
+                give_back()
                 done()
         old = student.store(dtypes)
         after = student.divergence(held_out)
@@ -122,10 +123,10 @@ class _Student:
     def __init__(
         self, model: nn.Module, blocks: Sequence[nn.Module], linears: Mapping[nn.Module, int], run: Run
     ) -> None:
-        self.model, self.blocks, self.run, self.group_sizes = model, blocks, run, linears
+        self.model, self.blocks, self.run = model, blocks, run
         self.returns_tuple = [False] * len(blocks)
         modules = dict.fromkeys(module for block in blocks for module in block.modules())
-        self.linears = {m: _log_factors(_weight(m)[:, ::size]) for m, size in linears.items()}
+        self.linears = {m: _log_factors(float_weight(m)[:, ::size]) for m, size in linears.items()}
         self.offsets = {m: plus for m in model.modules() if (plus := is_norm(m)) is not None}
         self.norms = {m: _log_factors(m.get_parameter("weight")) for m in self.offsets}
         # What is behind the blocks serves the original model, too.
@@ -142,14 +143,14 @@ class _Student:
         """While it is open, linears and norms have their factors."""
 
         def linear(module: nn.Module, log: Tensor) -> Callable[[Tensor], Tensor]:
-            return lambda x: _Product.apply(x, _weight(module), module.bias, log)
+            return lambda x: _Product.apply(x, float_weight(module), module.bias, log)
 
         def norm(log: Tensor) -> Any:
             return lambda _, __, output: output if self.as_original else output * log.exp()
 
         with ExitStack() as stack:
             for module, log in self.linears.items():
-                stack.enter_context(_forward(module, linear(module, log)))
+                stack.enter_context(forward_replaced(module, linear(module, log)))
             for normed, log in self.norms.items():
                 stack.callback(normed.register_forward_hook(norm(log)).remove)
             yield
@@ -216,11 +217,10 @@ class _Student:
         The model is run on some positions only, with blocks that do nothing; what is behind them works position by
         position in every causal language model.
         """
-
         with ExitStack() as stack:
             for block, as_tuple in zip(self.blocks, self.returns_tuple, strict=True):
                 result = (hidden,) if as_tuple else hidden
-                stack.enter_context(_forward(block, lambda *_, result=result, **__: result))
+                stack.enter_context(forward_replaced(block, lambda *_, result=result, **__: result))
             output = self.model(ids.to(hidden.device))
         logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
         if not isinstance(logits, Tensor):
@@ -258,24 +258,6 @@ class _Student:
 
 def _log_factors(tensor: Tensor) -> Tensor:
     return torch.zeros_like(tensor, dtype=torch.float32, requires_grad=True)
-
-
-@contextmanager
-def _forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """While it is open, the module computes this instead."""
-    module.forward = forward
-    try:
-        yield
-    finally:
-        del module.forward
-
-
-def _weight(linear: nn.Module) -> Tensor:
-    """float32 [n, k]"""
-    if not isinstance(linear, AwqLinear):
-        return linear.get_parameter("weight").detach()
-    words = linear.qweight, linear.scales, linear.qzeros
-    return ops.dequantize(*words, group_size=linear.group_size, dtype=torch.float32)
 
 
 def _scale(weight: Tensor, log: Tensor) -> Tensor:

@@ -255,6 +255,10 @@ def ids(*shape: int) -> Tensor:
     return torch.randint(0, 96, shape, generator=torch.Generator().manual_seed(1))
 
 
+QUANTIZE: dict[str, Any] = {"calibration": ids(4, 32), "samples": 4, "seq_len": 32, "q_group_size": GROUP}
+"""Arguments of `quantize` for these models."""
+
+
 class Traces:
     """The blocks of a model, opened as `quantize` does, and what they are called with."""
 

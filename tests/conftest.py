@@ -88,6 +88,15 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """For thousands of tiny operators: threads would only wait for one another."""
+    from awq_ext import relayout
+
+    with relayout.one_thread():
+        yield
+
+
 @pytest.fixture
 def float32_products() -> Iterator[None]:
     """Calibration with float32 products on a CPU that would take bfloat16 ones."""

@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import architectures
 import pytest
 import torch
-from architectures import ARCHITECTURES, BLOCKS, GROUP, OWN, Traces, ids, logits, small_model
+from architectures import ARCHITECTURES, BLOCKS, OWN, QUANTIZE, Traces, logits, small_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -21,14 +20,7 @@ from awq_ext.scaled import ScaledActivation
 from awq_ext.swap import as_linear
 from awq_ext.trace import prove
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Thousands of tiny operators: threads would only wait for one another."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
@@ -61,10 +53,7 @@ class Result:
         own = kind in OWN
         model = quantize(
             model,
-            calibration=ids(4, 32),
-            samples=4,
-            seq_len=32,
-            q_group_size=GROUP,
+            **QUANTIZE,
             blocks=BLOCKS.get(kind),
             out=None if own else path,
         )
@@ -146,10 +135,7 @@ def test_scaled_activations_are_where_they_are_wanted(
     out = None if kind in OWN else tmp_path / "out"
     quantize(
         model,
-        calibration=ids(4, 32),
-        samples=4,
-        seq_len=32,
-        q_group_size=GROUP,
+        **QUANTIZE,
         blocks=BLOCKS.get(kind),
         scaled_activations=wanted,
         out=out,

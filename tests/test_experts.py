@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from architectures import GQA, GROUP, MLA, Traces, ids, logits, small_model
+from architectures import GQA, GROUP, MLA, QUANTIZE, Traces, logits, small_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -20,15 +19,7 @@ from awq_ext.experts import OpenedExperts, open_experts, shortened
 from awq_ext.names import Names
 from awq_ext.trace import prove
 
-QUANTIZE: dict[str, Any] = {"calibration": ids(4, 32), "samples": 4, "seq_len": 32, "q_group_size": GROUP}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def randomized(module: Any) -> Any:

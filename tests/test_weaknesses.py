@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +30,7 @@ from awq_ext.trace import prove
 CALIBRATION: dict[str, Any] = {"calibration": ids(8, 24), "samples": 8, "seq_len": 24, "q_group_size": GROUP}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread_and_exact_products() -> Iterator[None]:
-    threads, products = torch.get_num_threads(), torch.backends.mkldnn.matmul
-    precision, products.fp32_precision = products.fp32_precision, "ieee"
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-    products.fp32_precision = precision
+pytestmark = pytest.mark.usefixtures("one_thread", "float32_products")
 
 
 def run(model: nn.Module, **options: Any) -> nn.Module:
