@@ -19,6 +19,7 @@ from awq_ext.measure import Codes, Measured, dequantize
 from awq_ext.memory import give_back
 from awq_ext.report import FoldReport, LinearReport, UnscaledReport
 from awq_ext.scaled import may_be_scaled
+from awq_ext.search import search_scale
 from awq_ext.swap import as_linear
 from awq_ext.trace import Traced, prove, trace
 
@@ -252,27 +253,29 @@ class _Work:
             return
         readers, shared = [self.linears[name] for name in names], self.reads[names[0]]
         weight = torch.cat([reader.weight for reader in readers]).cpu()
-        options = {**self.rounding, "row_weight": torch.cat([self.sensitivity[name] for name in names])}
-        scale, losses = ops.search_scale(
+        row_weight = torch.cat([self.sensitivity[name] for name in names])
+        scale, best, rtn, loss = search_scale(
             weight,
             shared.x_mean,
             shared.gram,
+            row_weight,
             grid=GRID,
             duo_scaling=self.settings.duo_scaling,
             tie=fold.tie,
-            **options,
+            **self.rounding,
         )
-        best = int(losses.argmin())
         report = FoldReport(
-            self.prefix + fold.producer, [self.prefix + name for name in fold.readers], float(losses[0]), 0.0, ""
+            self.prefix + fold.producer, [self.prefix + name for name in fold.readers], rtn, loss, _candidate_name(best)
         )
         if len(shared.grams) > 1:  # tokens that had no part in the choice have to agree
-            both = ops.scale_losses(weight, torch.stack([torch.ones_like(scale), scale]), shared.grams[1], **options)
-            report.held_out_rtn = float(both[0])
+            identity = torch.ones_like(scale)
+            both = ops.scale_losses(
+                weight, torch.stack([identity, scale]), shared.grams[1], row_weight=row_weight, **self.rounding
+            )
+            report.held_out_rtn, report.held_out = both.tolist()
             if both[1] > both[0]:
-                report.refused, best, scale = _candidate_name(best), 0, torch.ones_like(scale)
-            report.held_out = float(both[min(best, 1)])
-        report.loss, report.candidate = float(losses[best]), _candidate_name(best)
+                scale, report.refused, report.candidate = identity, report.candidate, _candidate_name(0)
+                report.loss, report.held_out = report.loss_rtn, report.held_out_rtn
         self.report.folds.append(report)
         for name in names:
             self.entries[name].producer, self.entries[name].scale = report.producer, report.candidate

@@ -249,17 +249,43 @@ def _search_scale_fake(
     _check_tensors("search_scale", w=w, x_mean=x_mean, gram=gram, tie=tie, row_weight=row_weight)
     _check_float_weight("search_scale", w, group_size)
     _check_rounding("search_scale", w_bit, dtype)
-    _check_grid("search_scale", grid)
-    k = w.shape[1]
-    mean_ok = x_mean.dtype == torch.float32 and x_mean.dim() == 1 and x_mean.shape[0] == k
-    _check(mean_ok, "search_scale", "x_mean", f"[{k}] float32", x_mean)
+    candidates, k = _check_candidates("search_scale", w.shape[1], x_mean, grid, duo_scaling, tie)
     _check_gram("search_scale", gram, k)
-    if tie is not None:
-        tie_ok = tie.dtype == torch.int64 and tie.dim() == 1 and tie.shape[0] == k
-        _check(tie_ok, "search_scale", "tie", f"[{k}] int64", tie)
     _check_row_weight("search_scale", row_weight, w.shape[0])
-    candidates = 1 + grid * (2 if duo_scaling else 1)
     return w.new_empty((k,), dtype=torch.float32), w.new_empty((candidates,), dtype=torch.float64)
+
+
+def scale_candidates(
+    w: Tensor,
+    x_mean: Tensor,
+    *,
+    group_size: int,
+    grid: int = 20,
+    duo_scaling: bool = True,
+    tie: Tensor | None = None,
+) -> Tensor:
+    """The scales that :func:`search_scale` tries, in its order: float32 [1 + grid * (2 if duo_scaling else 1), k].
+
+    Arguments are as there. With :func:`scale_losses` they make a search that looks at some rows of a large ``w`` only.
+    CPU only. Raises RuntimeError for inputs that are not finite.
+    """
+    return _ops.scale_candidates(w, x_mean, group_size=group_size, grid=grid, duo_scaling=duo_scaling, tie=tie)
+
+
+@torch.library.register_fake("awq_ext::scale_candidates")
+def _scale_candidates_fake(
+    w: Tensor,
+    x_mean: Tensor,
+    *,
+    group_size: int,
+    grid: int = 20,
+    duo_scaling: bool = True,
+    tie: Tensor | None = None,
+) -> Tensor:
+    _check_tensors("scale_candidates", w=w, x_mean=x_mean, tie=tie)
+    _check_float_weight("scale_candidates", w, group_size)
+    shape = _check_candidates("scale_candidates", w.shape[1], x_mean, grid, duo_scaling, tie)
+    return w.new_empty(shape, dtype=torch.float32)
 
 
 def scale_losses(
@@ -468,6 +494,19 @@ def _check_tensors(op: str, **tensors: Tensor | None) -> None:
 
 def _check_grid(op: str, grid: int) -> None:
     torch._check(1 <= grid <= 1000, lambda: f"awq_ext::{op}: grid must be 1..1000, got {grid}")
+
+
+def _check_candidates(
+    op: str, k: int, x_mean: Tensor, grid: int, duo_scaling: bool, tie: Tensor | None
+) -> tuple[int, int]:
+    """How many candidates there are, and k."""
+    _check_grid(op, grid)
+    mean_ok = x_mean.dtype == torch.float32 and x_mean.dim() == 1 and x_mean.shape[0] == k
+    _check(mean_ok, op, "x_mean", f"[{k}] float32", x_mean)
+    if tie is not None:
+        tie_ok = tie.dtype == torch.int64 and tie.dim() == 1 and tie.shape[0] == k
+        _check(tie_ok, op, "tie", f"[{k}] int64", tie)
+    return 1 + grid * (2 if duo_scaling else 1), k
 
 
 def _check_storage(op: str, dtype: torch.dtype | None) -> None:

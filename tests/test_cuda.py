@@ -85,7 +85,7 @@ def packed(n: int, k: int, group: int, dtype: torch.dtype = torch.float16) -> tu
     "name",
     [
         *("linear", "dequantize", "quantize", "pack", "unpack", "repack"),
-        *("search_scale", "scale_losses", "search_clip", "quantize_compensated"),
+        *("search_scale", "scale_candidates", "scale_losses", "search_clip", "quantize_compensated"),
     ],
 )
 def test_every_operator_has_a_kernel(name: str) -> None:
@@ -96,6 +96,8 @@ def test_searches_say_that_they_run_on_a_cpu() -> None:
     w, gram = torch.ones(8, 32, device=DEVICE), torch.eye(32, device=DEVICE)
     with pytest.raises(RuntimeError, match=r"awq_ext::search_scale: the search runs on a CPU.*\.cpu\(\)"):
         ops.search_scale(w, torch.ones(32, device=DEVICE), gram, group_size=32)
+    with pytest.raises(RuntimeError, match=r"awq_ext::scale_candidates: the search runs on a CPU.*\.cpu\(\)"):
+        ops.scale_candidates(w, torch.ones(32, device=DEVICE), group_size=32)
     with pytest.raises(RuntimeError, match=r"awq_ext::scale_losses: the search runs on a CPU.*\.cpu\(\)"):
         ops.scale_losses(w, torch.ones(1, 32, device=DEVICE), gram, group_size=32)
     with pytest.raises(RuntimeError, match=r"awq_ext::search_clip: the search runs on a CPU.*\.cpu\(\)"):

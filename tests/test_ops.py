@@ -705,6 +705,23 @@ def test_search_scale_row_weights() -> None:
         assert_same(a, b)
 
 
+@pytest.mark.parametrize("duo", [True, False])
+def test_scale_candidates_are_those_of_the_search(duo: bool) -> None:
+    n, k, group, grid = 50, 96, 32, 5
+    w, x = randn(n, k) * 0.1, calibration(k)
+    tie = torch.randint(0, 40, (k,), generator=torch.Generator().manual_seed(1))
+    options: dict[str, Any] = {"group_size": group, "grid": grid, "duo_scaling": duo, "tie": tie}
+    got = ops.scale_candidates(w, x.abs().mean(0), **options)
+    want = torch.stack(ref.scale_candidates(w, x.abs().mean(0), group, grid, duo, tie))
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=0)
+    scale, losses = ops.search_scale(w, x.abs().mean(0), ref.gram_of(x), **options)
+    assert_same(scale, got[losses.argmin()])
+    assert_same(ops.scale_losses(w, got, ref.gram_of(x), group_size=group), losses)
+    w[7, 11] = float("nan")
+    with pytest.raises(RuntimeError, match="awq_ext::scale_candidates: w must be finite"):
+        ops.scale_candidates(w, x.abs().mean(0), **options)
+
+
 def test_scale_losses_are_those_of_the_search_on_any_tokens() -> None:
     n, k, group = 50, 96, 32
     w, x, other = randn(n, k), calibration(k), calibration(k, seed=7)
@@ -867,6 +884,7 @@ def good(op: str) -> dict[str, Any]:
             "tie": torch.arange(K),
             "row_weight": torch.ones(N),
         },
+        "scale_candidates": {**float_w, "x_mean": torch.ones(K), "tie": torch.arange(K)},
         "scale_losses": {
             **float_w,
             "candidates": torch.ones(3, K),
@@ -880,7 +898,7 @@ def good(op: str) -> dict[str, Any]:
 
 OPS = (
     *("linear", "dequantize", "quantize", "pack", "unpack", "repack"),
-    *("search_scale", "scale_losses", "search_clip", "quantize_compensated"),
+    *("search_scale", "scale_candidates", "scale_losses", "search_clip", "quantize_compensated"),
 )
 ROUNDING = ("quantize", "search_scale", "scale_losses", "search_clip", "quantize_compensated")
 
@@ -964,7 +982,7 @@ BAD_VALUES: list[tuple[str, dict[str, Any], str, str]] = [  # op, arguments, wha
     ("pack", {"q": codes(32, 32), "layout": "gemv_fast"}, "multiple of 64", "got 32 and 32"),
     *[
         (op, {"grid": grid}, "grid must be", f"got {grid}")
-        for op in ("search_scale", "search_clip")
+        for op in ("search_scale", "scale_candidates", "search_clip")
         for grid in (0, -1, 1001)
     ],
     *[("search_clip", {"max_shrink": x}, "max_shrink must be in [0, 1)", "got") for x in (-0.1, 1.0, float("nan"))],
@@ -1103,6 +1121,7 @@ def opcheck_cases() -> Iterator[tuple[str, str, dict[str, Any]]]:
             )
             yield "quantize", f"to {dtype} {zero_point}", {"dtype": dtype, "zero_point": zero_point}
         yield "search_scale", str(dtype), {"w": randn(N, K).to(dtype), "dtype": dtype, "grid": 2}
+        yield "scale_candidates", str(dtype), {"w": randn(N, K).to(dtype), "tie": None, "grid": 2}
         yield "scale_losses", str(dtype), {"w": randn(N, K).to(dtype), "dtype": dtype, "w_bit": 3}
         yield "search_clip", str(dtype), {"w": randn(N, K).to(dtype), "dtype": dtype, "grid": 2}
         yield "quantize_compensated", str(dtype), {"w": randn(N, K).to(dtype), "dtype": dtype, "range": None}
@@ -1148,6 +1167,7 @@ def large(op: str) -> list[dict[str, Any]]:
         "search_scale": [
             {"w": dense, "x_mean": x.abs().mean(0), "gram": ref.gram_of(x), "group_size": 64, "grid": 5},
         ],
+        "scale_candidates": [{"w": dense, "x_mean": x.abs().mean(0), "group_size": 64, "grid": 5}],
         "scale_losses": [
             {"w": dense, "candidates": torch.ones(2, 256), "gram": ref.gram_of(x), "group_size": 64},
         ],

@@ -294,54 +294,69 @@ Tensor scale_losses(const Tensor& w, const Tensor& candidates, const Tensor& gra
   return losses_of_scales(args, scales, gram, check_row_weight("scale_losses", row_weight, n));
 }
 
+/// The scales that a search tries, [candidates, k].
+Tensor candidates_of(const char* op, const core::SearchArgs& args, const Tensor& w, const Tensor& x_mean,
+                     std::int64_t grid, bool duo_scaling, OptionalTensor tie) {
+  const std::int64_t k = args.k;
+  check_given(op, "x_mean", x_mean);
+  STD_TORCH_CHECK(x_mean.dim() == 1 && x_mean.size(0) == k && x_mean.scalar_type() == ScalarType::Float,
+                  "awq_ext::", op, ": x_mean must be [in_features] = [", k, "] float32, got ", describe(x_mean));
+  STD_TORCH_CHECK(grid >= 1 && grid <= 1000, "awq_ext::", op, ": grid must be 1..1000, got ", grid);
+  const OptionalTensor ties = contiguous_or_none(tie);
+  const std::int64_t* tie_data = nullptr;
+  if (ties) {
+    STD_TORCH_CHECK(ties->dim() == 1 && ties->size(0) == k && ties->scalar_type() == ScalarType::Long, "awq_ext::", op,
+                    ": tie must be [in_features] = [", k, "] int64, got ", describe(*ties));
+    tie_data = static_cast<const std::int64_t*>(ties->const_data_ptr());
+    for (std::int64_t i = 0; i < k; ++i)
+      STD_TORCH_CHECK(tie_data[i] >= 0 && tie_data[i] < k, "awq_ext::", op, ": tie must hold numbers 0..", k - 1,
+                      ", got ", tie_data[i]);
+  }
+  const Tensor mean = contiguous(x_mean);
+  check_finite(op, "x_mean", mean, 0.0f);
+  Tensor w_mean = new_empty(w, {k}, ScalarType::Float);
+  auto* w_mean_data = static_cast<float*>(w_mean.mutable_data_ptr());
+  parallel_for(0, k / args.group, 1, [&](std::int64_t begin, std::int64_t end) noexcept {
+    core::weight_means(args, begin, end, w_mean_data);
+  });
+  Tensor candidates = new_empty(w, {core::candidate_count(grid, duo_scaling), k}, ScalarType::Float);
+  core::scale_candidates(static_cast<const float*>(mean.const_data_ptr()), w_mean_data, tie_data, k, grid, duo_scaling,
+                         static_cast<float*>(candidates.mutable_data_ptr()));
+  return candidates;
+}
+
+Tensor scale_candidates(const Tensor& w, const Tensor& x_mean, std::int64_t group_size, std::int64_t grid,
+                        bool duo_scaling, OptionalTensor tie) {
+  const auto [n, k, group, groups] = check_float_weight("scale_candidates", w, group_size);
+  const Tensor weight = contiguous(torch::stable::to(w, ScalarType::Float));
+  check_finite("scale_candidates", "w", weight);
+  const core::SearchArgs args{static_cast<const float*>(weight.const_data_ptr()), n, k, group, {}, nullptr};
+  return candidates_of("scale_candidates", args, w, x_mean, grid, duo_scaling, tie);
+}
+
 std::tuple<Tensor, Tensor> search_scale(const Tensor& w, const Tensor& x_mean, const Tensor& gram,
                                         std::int64_t group_size, std::int64_t w_bit, std::int64_t grid,
                                         bool duo_scaling, bool zero_point, OptionalTensor tie,
                                         OptionalTensor row_weight, std::optional<ScalarType> dtype) {
   const auto [n, k, group, groups] = check_float_weight("search_scale", w, group_size);
   check_gram("search_scale", gram, k);
-  check_given("search_scale", "x_mean", x_mean);
-  STD_TORCH_CHECK(x_mean.dim() == 1 && x_mean.size(0) == k && x_mean.scalar_type() == ScalarType::Float,
-                  "awq_ext::search_scale: x_mean must be [in_features] = [", k, "] float32, got ", describe(x_mean));
-  STD_TORCH_CHECK(grid >= 1 && grid <= 1000, "awq_ext::search_scale: grid must be 1..1000, got ", grid);
-  const OptionalTensor ties = contiguous_or_none(tie);
-  const std::int64_t* tie_data = nullptr;
-  if (ties) {
-    STD_TORCH_CHECK(ties->dim() == 1 && ties->size(0) == k && ties->scalar_type() == ScalarType::Long,
-                    "awq_ext::search_scale: tie must be [in_features] = [", k, "] int64, got ", describe(*ties));
-    tie_data = static_cast<const std::int64_t*>(ties->const_data_ptr());
-    for (std::int64_t i = 0; i < k; ++i)
-      STD_TORCH_CHECK(tie_data[i] >= 0 && tie_data[i] < k, "awq_ext::search_scale: tie must hold numbers 0..", k - 1,
-                      ", got ", tie_data[i]);
-  }
   const OptionalTensor importance = check_row_weight("search_scale", row_weight, n);
-  const Tensor weight = contiguous(torch::stable::to(w, ScalarType::Float)), mean = contiguous(x_mean);
-  check_finite("search_scale", "x_mean", mean, 0.0f);
+  const Tensor weight = contiguous(torch::stable::to(w, ScalarType::Float));
   const core::SearchArgs args{static_cast<const float*>(weight.const_data_ptr()),
                               n,
                               k,
                               group,
                               check_rounding("search_scale", w_bit, zero_point, dtype),
                               &core::best_kernels()};
-
-  Tensor w_mean = new_empty(w, {k}, ScalarType::Float);
-  auto* w_mean_data = static_cast<float*>(w_mean.mutable_data_ptr());
-  parallel_for(0, groups, 1, [&](std::int64_t begin, std::int64_t end) noexcept {
-    core::weight_means(args, begin, end, w_mean_data);
-  });
-  const std::int64_t count = core::candidate_count(grid, duo_scaling);
-  Tensor candidates = new_empty(w, {count, k}, ScalarType::Float), scale = new_empty(w, {k}, ScalarType::Float);
-  auto* candidate = static_cast<float*>(candidates.mutable_data_ptr());
-  core::scale_candidates(static_cast<const float*>(mean.const_data_ptr()), w_mean_data, tie_data, k, grid, duo_scaling,
-                         candidate);
+  const Tensor candidates = candidates_of("search_scale", args, w, x_mean, grid, duo_scaling, tie);
   const Tensor losses = losses_of_scales(args, candidates, gram, importance);
   const auto* loss = static_cast<const double*>(losses.const_data_ptr());
-  std::int64_t best = 0;
-  for (std::int64_t c = 1; c < count; ++c)
-    if (loss[c] < loss[best]) best = c;
-  STD_TORCH_CHECK(loss[best] < std::numeric_limits<double>::infinity(),
+  const double* best = std::min_element(loss, loss + losses.size(0));  // the first of equals
+  STD_TORCH_CHECK(*best < std::numeric_limits<double>::infinity(),
                   "awq_ext::search_scale: no candidate has a finite loss; w, gram and row_weight must be finite");
-  std::copy_n(candidate + best * k, k, static_cast<float*>(scale.mutable_data_ptr()));
+  Tensor scale = new_empty(w, {k}, ScalarType::Float);
+  std::copy_n(static_cast<const float*>(candidates.const_data_ptr()) + (best - loss) * k, k,
+              static_cast<float*>(scale.mutable_data_ptr()));
   return {scale, losses};
 }
 
@@ -451,6 +466,7 @@ STABLE_TORCH_LIBRARY_IMPL(awq_ext, CPU, m) {
   m.impl("unpack", TORCH_BOX(&awq::ops::unpack));
   m.impl("repack", TORCH_BOX(&awq::ops::repack));
   m.impl("search_scale", TORCH_BOX(&awq::ops::search_scale));
+  m.impl("scale_candidates", TORCH_BOX(&awq::ops::scale_candidates));
   m.impl("scale_losses", TORCH_BOX(&awq::ops::scale_losses));
   m.impl("search_clip", TORCH_BOX(&awq::ops::search_clip));
   m.impl("quantize_compensated", TORCH_BOX(&awq::ops::quantize_compensated));

@@ -161,6 +161,10 @@ std::tuple<Tensor, Tensor> search_scale(const Tensor&, const Tensor&, const Tens
   refuse_search("search_scale", "w, x_mean, gram, tie, row_weight");
 }
 
+Tensor scale_candidates(const Tensor&, const Tensor&, std::int64_t, std::int64_t, bool, OptionalTensor) {
+  refuse_search("scale_candidates", "w, x_mean, tie");
+}
+
 Tensor scale_losses(const Tensor&, const Tensor&, const Tensor&, std::int64_t, std::int64_t, bool, OptionalTensor,
                     std::optional<ScalarType>) {
   refuse_search("scale_losses", "w, candidates, gram, row_weight");
@@ -188,6 +192,7 @@ STABLE_TORCH_LIBRARY_IMPL(awq_ext, CUDA, m) {
   m.impl("unpack", TORCH_BOX(&awq::ops::unpack));
   m.impl("repack", TORCH_BOX(&awq::ops::repack));
   m.impl("search_scale", TORCH_BOX(&awq::ops::search_scale));
+  m.impl("scale_candidates", TORCH_BOX(&awq::ops::scale_candidates));
   m.impl("scale_losses", TORCH_BOX(&awq::ops::scale_losses));
   m.impl("search_clip", TORCH_BOX(&awq::ops::search_clip));
   m.impl("quantize_compensated", TORCH_BOX(&awq::ops::quantize_compensated));

@@ -48,6 +48,11 @@ STABLE_TORCH_LIBRARY(awq_ext, m) {
       "bool duo_scaling=True, bool zero_point=True, Tensor? tie=None, Tensor? row_weight=None, "
       "ScalarType? dtype=None) -> (Tensor, Tensor)");
 
+  // The candidates of search_scale, in its order, the identity first: float32 [candidates, k].
+  m.def(
+      "scale_candidates(Tensor w, Tensor x_mean, *, int group_size, int grid=20, bool duo_scaling=True, "
+      "Tensor? tie=None) -> Tensor");
+
   // The losses by which search_scale compares, of given ones, on any gram.
   //   candidates float32 [c, k] -> losses float64 [c]
   m.def(
