@@ -42,17 +42,20 @@ def fast_products() -> Iterator[None]:
         _chosen_here, _PRODUCTS.fp32_precision = False, "none"
 
 
+def fast_dtype(tensor: Tensor) -> torch.dtype:
+    """What factors on the device of this one are best rounded to before they are multiplied."""
+    return torch.bfloat16 if tensor.device.type == "cpu" and bfloat16_is_faster() else torch.float32
+
+
 def product(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
     """x -> x @ weight.T + bias in float32, with products and results rounded to bfloat16 if that is faster.
 
     Nearly twice as fast as what `fast_products` makes of a float32 product, which converts both factors every time.
     """
-    if weight.device.type != "cpu" or weight.dtype != torch.float32 or not bfloat16_is_faster():
-        return lambda x: nn.functional.linear(x, weight, bias)
-    half = weight.bfloat16()
+    half = weight.to(fast_dtype(weight))
 
     def multiply(x: Tensor) -> Tensor:
-        y = nn.functional.linear(x.bfloat16(), half).float()
+        y = nn.functional.linear(x.to(half.dtype), half).float()
         return y if bias is None else y + bias
 
     return multiply

@@ -20,12 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from awq_ext import ops
 from awq_ext.calibrate import float_weight, forward_replaced
 from awq_ext.errors import CalibrationError
 from awq_ext.fold import divide_norm
 from awq_ext.linear import AwqLinear
 from awq_ext.memory import give_back
-from awq_ext.precision import fast_products, product
+from awq_ext.precision import fast_dtype, fast_products, product
 from awq_ext.ranks import generator
 from awq_ext.report import Tuned
 from awq_ext.trace import is_norm
@@ -79,11 +80,11 @@ def tune(
     order = [i for n in range(passes) for i in torch.randperm(len(batches), generator=generator(seed, n)).tolist()]
     with _in_float32(model) as dtypes:
         student = _Student(model, blocks, linears, run)
-        before = student.divergence(held_out)
-        if not math.isfinite(before):
-            raise CalibrationError("the quantized model's predictions are not finite on the calibration data")
         optimizer = torch.optim.Adam(student.logs, lr=RATE, betas=(0.9, 0.95))
         with student.scaled():
+            before = student.divergence(held_out)
+            if not math.isfinite(before):
+                raise CalibrationError("the quantized model's predictions are not finite on the calibration data")
             for step, i in enumerate(order):
                 rate = RATE * min(1.0, (step + 1) / WARMUP) * max(LEAST_RATE, 1 - step / len(order))
                 optimizer.param_groups[0]["lr"] = rate
@@ -92,8 +93,8 @@ def tune(
                 optimizer.step()
                 give_back()
                 done()
-        old = student.store(dtypes)
-        after = student.divergence(held_out)
+            old = student.store(dtypes)
+            after = student.divergence(held_out)
         kept = after < before
         if not kept:
             for tensor, value in old:
@@ -129,9 +130,10 @@ class _Student:
         self.linears = {m: _log_factors(float_weight(m)[:, ::size]) for m, size in linears.items()}
         self.offsets = {m: plus for m in model.modules() if (plus := is_norm(m)) is not None}
         self.norms = {m: _log_factors(m.get_parameter("weight")) for m in self.offsets}
+        self.behind = [m for m in model.modules() if type(m) is nn.Linear and m not in modules]
         # What is behind the blocks serves the original model, too.
-        behind = [p for m in self.norms if m not in modules for p in m.parameters()]
-        self.originals = [(parameter, parameter.data.clone()) for parameter in behind]
+        norms = [p for m in self.norms if m not in modules for p in m.parameters()]
+        self.originals = [(parameter, parameter.data.clone()) for parameter in norms]
         self.as_original = False
 
     @property
@@ -140,10 +142,10 @@ class _Student:
 
     @contextmanager
     def scaled(self) -> Iterator[None]:
-        """While it is open, linears and norms have their factors."""
+        """While it is open, linears and norms have their factors, and the output head is fast."""
 
         def linear(module: nn.Module, log: Tensor) -> Callable[[Tensor], Tensor]:
-            return lambda x: _Product.apply(x, float_weight(module), module.bias, log)
+            return lambda x: _Product.apply(x, _scaled_weight(module, log.detach()), module.bias, log)
 
         def norm(log: Tensor) -> Any:
             return lambda _, __, output: output if self.as_original else output * log.exp()
@@ -151,6 +153,8 @@ class _Student:
         with ExitStack() as stack:
             for module, log in self.linears.items():
                 stack.enter_context(forward_replaced(module, linear(module, log)))
+            for module in self.behind:
+                stack.enter_context(forward_replaced(module, product(module.weight, module.bias)))
             for normed, log in self.norms.items():
                 stack.callback(normed.register_forward_hook(norm(log)).remove)
             yield
@@ -188,31 +192,32 @@ class _Student:
         """The sum over tokens; if asked for, the gradient of the mean by the hidden states behind the last block."""
         total, gradients = 0.0, []
         for ids, own, target in zip(*(x.split(CHUNK, 1) for x in (batch.ids, hidden, batch.target)), strict=True):
-            wanted = self._original_predictions(ids, target)
+            wanted = self._original_logits(ids, target).log_softmax(-1)
             with torch.set_grad_enabled(differentiate):
                 own = own.detach().requires_grad_(differentiate)
-                loss = nn.functional.kl_div(self._predictions(ids, own), wanted, reduction="sum", log_target=True)
-            total += float(loss)
-            if differentiate:
-                loss.backward(loss.new_tensor(1 / batch.ids.numel()))
+                logits = self._logits(ids, own)
+            got, share = logits.detach().log_softmax(-1), wanted.exp()
+            total += float(((wanted - got) * share).sum())
+            if differentiate:  # by the logits, the divergence has the derivative softmax - softmax of the original
+                logits.backward((got.exp_() - share) / batch.ids.numel())
                 assert own.grad is not None
                 gradients.append(own.grad)
         return total, torch.cat(gradients, 1) if differentiate else hidden
 
-    def _original_predictions(self, ids: Tensor, hidden: Tensor) -> Tensor:
+    def _original_logits(self, ids: Tensor, hidden: Tensor) -> Tensor:
         tuned = [parameter.data for parameter, _ in self.originals]
         self.as_original = True
         try:
             for parameter, original in self.originals:
                 parameter.data = original
-            return self._predictions(ids, hidden)
+            return self._logits(ids, hidden)
         finally:
             self.as_original = False
             for (parameter, _), value in zip(self.originals, tuned, strict=True):
                 parameter.data = value
 
-    def _predictions(self, ids: Tensor, hidden: Tensor) -> Tensor:
-        """Logarithms of the probabilities of the next token, from hidden states behind the last block.
+    def _logits(self, ids: Tensor, hidden: Tensor) -> Tensor:
+        """Of the next token, float32, from hidden states behind the last block.
 
         The model is run on some positions only, with blocks that do nothing; what is behind them works position by
         position in every causal language model.
@@ -228,10 +233,10 @@ class _Student:
                 f"tuning needs the model's logits, but {type(self.model).__name__} returns a {type(output).__name__} "
                 "without any; pass tune_passes=0"
             )
-        return logits.float().log_softmax(-1)
+        return logits.float()
 
     def store(self, dtypes: Mapping[Tensor, torch.dtype]) -> list[tuple[Tensor, Tensor]]:
-        """Multiply the factors in. Returns the tensors that are changed, each with its old value.
+        """Multiply the factors in, and set them to one. Returns the tensors changed, each with its old value.
 
         ``dtypes``: what each is to be stored in; the results are rounded to that.
         """
@@ -253,6 +258,8 @@ class _Student:
             put(weight, value)
             if bias is not None:
                 put(bias, bias.data / divisor)
+        for log in self.logs:
+            log.data.zero_()
         return old
 
 
@@ -265,19 +272,30 @@ def _scale(weight: Tensor, log: Tensor) -> Tensor:
     return (weight.unflatten(1, (log.shape[1], -1)) * log.exp()[..., None]).flatten(1)
 
 
+def _scaled_weight(linear: nn.Module, log: Tensor) -> Tensor:
+    """[n, k], its groups multiplied by exp of log [n, groups], as `fast_dtype` says."""
+    dtype = fast_dtype(log)
+    if isinstance(linear, AwqLinear):
+        scales = linear.scales * log.exp().t()
+        return ops.dequantize(linear.qweight, scales, linear.qzeros, group_size=linear.group_size, dtype=dtype)
+    return _scale(linear.get_parameter("weight"), log).to(dtype)
+
+
 class _Product(torch.autograd.Function):
-    """x @ w.T + bias for w = weight * exp(log), log [n, groups], with gradients for x and log."""
+    """x @ weight.T + bias, with gradients for x and log: weight is proportional to exp(log), log [n, groups]."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, log: Tensor) -> Tensor:
-        weight = _scale(weight, log)
-        ctx.save_for_backward(x, weight)
+        factor = x.to(weight.dtype)
+        ctx.save_for_backward(factor, weight)
         ctx.groups = log.shape[1]
-        return product(weight, bias)(x)
+        y = nn.functional.linear(factor, weight).float()
+        return y if bias is None else y + bias
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
         x, weight = ctx.saved_tensors
-        by_weight = product(gradient.flatten(0, -2).t(), None)(x.flatten(0, -2).t()).t()
-        by_log = (by_weight * weight).unflatten(1, (ctx.groups, -1)).sum(-1)  # as dw/dlog = w
-        return product(weight.t(), None)(gradient), None, None, by_log
+        gradient = gradient.to(weight.dtype)
+        by_weight = gradient.flatten(0, -2).t() @ x.flatten(0, -2)
+        by_log = (by_weight * weight).unflatten(1, (ctx.groups, -1)).sum(-1, dtype=torch.float32)  # as dw/dlog = w
+        return (gradient @ weight).float(), None, None, by_log
