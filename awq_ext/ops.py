@@ -4,8 +4,8 @@ n = out_features, k = in_features, g = group_size (-1 means k), G = k / g, and t
 ``W[n, k] = (q[n, k] - z[n, k // g]) * s[n, k // g]`` with codes q and zeros z in 0..15. The operators that choose codes
 take ``w_bit`` from 2 to 8, for codes and zeros in 0 .. 2^w_bit - 1; only those of 4 bits can be packed.
 Every operator raises RuntimeError for a tensor of the wrong shape, dtype or device; the message names the tensor,
-what was expected and what was got. Outputs are new tensors. The same input gives the same bytes at any number of
-threads.
+what was expected and what was got. Outputs are new tensors, and only :func:`add_gram` writes into one that it is given.
+The same input gives the same bytes at any number of threads.
 """
 
 from __future__ import annotations
@@ -470,6 +470,27 @@ def _quantize_compensated_fake(
         w.new_empty((n, groups), dtype=dtype or torch.float16),
         w.new_empty((n, groups), dtype=torch.uint8),
     )
+
+
+def add_gram(sums: Tensor, x: Tensor, *, bfloat16: bool = False) -> None:
+    """Add ``x.T @ x`` to ``sums`` in place, on and right of the diagonal; what is left of it stays as it is.
+
+    sums float32 [k, k], contiguous; x float32 [t, k], any strides. With ``bfloat16``, x is rounded to bfloat16 (to
+    nearest) first, which is several times as fast on a CPU with AVX512-BF16; that one takes subnormal factors and sums
+    for zero. Products are summed in float32, a few hundred rows at a time, in an order that depends on t alone.
+    Needs memory for one more x. CPU only.
+    """
+    _ops.add_gram(sums, x, bfloat16=bfloat16)
+
+
+@torch.library.register_fake("awq_ext::add_gram")
+def _add_gram_fake(sums: Tensor, x: Tensor, *, bfloat16: bool = False) -> None:
+    _check_tensors("add_gram", sums=sums, x=x)
+    sums_ok = sums.dtype == torch.float32 and sums.dim() == 2 and sums.shape[0] == sums.shape[1]
+    _check(sums_ok and sums.is_contiguous(), "add_gram", "sums", "a contiguous [k, k] float32", sums)
+    k = sums.shape[0]
+    x_ok = x.dtype == torch.float32 and x.dim() == 2 and x.shape[1] == k
+    _check(x_ok, "add_gram", "x", f"[.., {k}] float32", x)
 
 
 def _check(condition: bool, op: str, name: str, expected: str, got: Tensor) -> None:

@@ -85,7 +85,7 @@ def packed(n: int, k: int, group: int, dtype: torch.dtype = torch.float16) -> tu
     "name",
     [
         *("linear", "dequantize", "quantize", "pack", "unpack", "repack"),
-        *("search_scale", "scale_candidates", "scale_losses", "search_clip", "quantize_compensated"),
+        *("search_scale", "scale_candidates", "scale_losses", "search_clip", "quantize_compensated", "add_gram"),
     ],
 )
 def test_every_operator_has_a_kernel(name: str) -> None:
@@ -104,6 +104,8 @@ def test_searches_say_that_they_run_on_a_cpu() -> None:
         ops.search_clip(w, gram, group_size=32)
     with pytest.raises(RuntimeError, match=r"awq_ext::quantize_compensated: the search runs on a CPU.*\.cpu\(\)"):
         ops.quantize_compensated(w, gram, group_size=32)
+    with pytest.raises(RuntimeError, match=r"awq_ext::add_gram: runs on a CPU.*addmm_"):
+        ops.add_gram(gram, w)
 
 
 def test_tensors_on_two_devices_are_refused() -> None:

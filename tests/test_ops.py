@@ -19,7 +19,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import awq_ext
-from awq_ext import ops
+from awq_ext import _library, ops
 
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 STORAGE = (F32, F16, BF16)
@@ -860,6 +860,88 @@ def test_searches_read_strided_tensors() -> None:
         assert torch.equal(ops.search_clip(ws[name], grams[name], group_size=16), range), name
 
 
+# --- add_gram -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bfloat16", [True, False])
+@pytest.mark.parametrize(("t", "k"), [(0, 8), (4, 0), (1, 1), (2, 16), (5, 47), (128, 100), (259, 193), (700, 330)])
+def test_add_gram_equals_its_definition(t: int, k: int, bfloat16: bool) -> None:
+    """Rounding of t products and sums, in any order: |got - want| <= (t + 1) 2^-23 (|sums| + |x|^T |x|)."""
+    x, before = randn(t, k, seed=k), randn(k, k, seed=t) * 50
+    sums = before.clone()
+    assert ops.add_gram(sums, x, bfloat16=bfloat16) is None
+    factors = x.to(BF16).double() if bfloat16 else x.double()
+    want = before.double() + (factors.T @ factors).triu()
+    size = before.double().abs() + factors.abs().T @ factors.abs()
+    assert ((sums - want).abs() <= (t + 1) * 2.0**-23 * size).all()
+    assert_same(sums.tril(-1), before.tril(-1))
+
+
+@pytest.mark.parametrize("bfloat16", [True, False])
+def test_add_gram_gives_the_same_bytes_at_any_number_of_threads_for_any_strides(bfloat16: bool, threads: None) -> None:
+    x, before = randn(301, 420), randn(420, 420)
+    results = []
+    for count, view in [(1, x), (2, x), (3, x), *((2, view) for view in strided_views(x).values())]:
+        torch.set_num_threads(count)
+        sums, given = before.clone(), view.clone()
+        ops.add_gram(sums, view, bfloat16=bfloat16)
+        assert_same(view, given)
+        results.append(sums)
+    assert not torch.equal(results[0], before)
+    for sums in results[1:]:
+        assert_same(sums, results[0])
+
+
+@pytest.mark.parametrize("bfloat16", [True, False])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_add_gram_passes_what_is_not_finite_on_to_its_row_and_column_only(bad: float, bfloat16: bool) -> None:
+    x = randn(9, 150)
+    clean, sums = torch.zeros(150, 150), torch.zeros(150, 150)
+    ops.add_gram(clean, x, bfloat16=bfloat16)
+    x[8, 77] = bad
+    ops.add_gram(sums, x, bfloat16=bfloat16)
+    hurt = torch.zeros(150, 150, dtype=torch.bool)
+    hurt[77, 77:] = hurt[:78, 77] = True
+    assert not sums[hurt].isfinite().any()
+    assert_same(sums[~hurt], clean[~hurt])
+
+
+def test_add_gram_refuses_sums_that_are_not_contiguous() -> None:
+    for sums in (torch.zeros(8, 16)[:, :8], torch.zeros(16, 8)[::2]):
+        with FakeTensorMode() as mode:
+            fake = mode.from_tensor(sums)
+        for given, x in ((sums, randn(3, 8)), (fake, mode.from_tensor(randn(3, 8)))):
+            with pytest.raises(RuntimeError, match=r"awq_ext::add_gram: sums must be a contiguous .*got \[8, 8\]"):
+                ops.add_gram(given, x)
+
+
+def test_add_gram_rounds_only_where_asked() -> None:
+    x = torch.tensor([[1.0, 1 + 2.0**-10]])
+    for bfloat16, factor in ((True, 1.0), (False, 1 + 2.0**-10)):
+        sums = torch.zeros(2, 2)
+        ops.add_gram(sums, x, bfloat16=bfloat16)
+        assert sums.tolist() == [[1.0, factor], [0.0, factor**2]]
+
+
+LEVELS = """
+import sys, torch
+from awq_ext import _library, ops
+x, sums = torch.arange(3 * 70.0).reshape(3, 70) % 13, torch.zeros(70, 70)
+ops.add_gram(sums, x, bfloat16=True)
+assert torch.equal(sums, (x.T @ x).triu())
+assert _library.native().build_info()["cpu_kernels"] == sys.argv[1]
+"""
+
+
+@pytest.mark.parametrize("level", ["portable", "avx2", "avx512", "avx512_bf16"])
+def test_a_level_can_be_asked_for(level: str) -> None:
+    if not {"portable": True, **_library.native().cpu_features()}[level]:
+        pytest.skip(f"this CPU has no {level}")
+    environment = {**os.environ, "AWQ_EXT_ISA": level, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", LEVELS, level], env=environment, timeout=120, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()
+
+
 # --- refusals: the same from the operator and from its fake ---------------------------------------------------------
 
 N, K, G = 16, 32, 16
@@ -893,13 +975,15 @@ def good(op: str) -> dict[str, Any]:
         },
         "search_clip": {**float_w, "gram": torch.eye(K)},
         "quantize_compensated": {**float_w, "gram": torch.eye(K), "range": torch.ones(N, K // G, 2)},
+        "add_gram": {"sums": torch.zeros(K, K), "x": randn(3, K)},
     }[op]
 
 
 OPS = (
     *("linear", "dequantize", "quantize", "pack", "unpack", "repack"),
-    *("search_scale", "scale_candidates", "scale_losses", "search_clip", "quantize_compensated"),
+    *("search_scale", "scale_candidates", "scale_losses", "search_clip", "quantize_compensated", "add_gram"),
 )
+MUTATING = ("add_gram",)
 ROUNDING = ("quantize", "search_scale", "scale_losses", "search_clip", "quantize_compensated")
 
 
@@ -932,6 +1016,8 @@ BAD_TENSORS: list[tuple[str, str, Tensor]] = [
     *every_tensor(lambda t: t[:-1], "x", "w", "q", "qweight", "candidates"),
     *every_tensor(lambda t: t.double() if t.is_floating_point() else t.float(), "x"),
     ("linear", "x", torch.tensor(1.0)),
+    ("add_gram", "x", randn(1, 3, K)),
+    ("add_gram", "x", randn(3, K).to(BF16)),
     ("linear", "x", randn(3, K).to(torch.complex64)),
     ("linear", "x", randn(3, K + 1)),
     ("linear", "scales", torch.ones(N, K // G)),  # as quantize returns them: not transposed
@@ -1042,7 +1128,7 @@ def test_good_arguments_are_accepted_alike_and_shapes_agree(op: str) -> None:
     """The other half of the tests above: what they change is the only thing that is wrong."""
     results = {way: run() for way, run in three_ways(op, good(op)).items()}
     for way in ("meta", "fake"):
-        for a, b in zip(*(r if isinstance(r, tuple) else (r,) for r in (results["cpu"], results[way])), strict=True):
+        for a, b in zip(as_tuple(results["cpu"]), as_tuple(results[way]), strict=True):
             assert (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride()), way
 
 
@@ -1098,7 +1184,7 @@ def test_wrappers_and_operators_have_the_same_arguments() -> None:
                 assert parameter.default == argument.default_value
             else:
                 assert parameter.default is inspect.Parameter.empty
-        assert not schema.is_mutable
+        assert schema.is_mutable == (op in MUTATING)
 
 
 # --- torch.library.opcheck ------------------------------------------------------------------------------------------
@@ -1130,6 +1216,8 @@ def opcheck_cases() -> Iterator[tuple[str, str, dict[str, Any]]]:
         "plain",
         {"tie": None, "row_weight": None, "duo_scaling": False, "zero_point": False, "grid": 2},
     )
+    for bfloat16 in (True, False):
+        yield "add_gram", f"bfloat16={bfloat16}", {"bfloat16": bfloat16}
     for layout in LAYOUTS:
         yield "pack", layout, {"layout": layout}
         yield "unpack", layout, {"layout": layout}
@@ -1177,10 +1265,12 @@ def large(op: str) -> list[dict[str, Any]]:
 
 
 def as_tuple(result: Any) -> tuple[Tensor, ...]:
+    if result is None:
+        return ()
     return result if isinstance(result, tuple) else (result,)
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", [op for op in OPS if op not in MUTATING])
 def test_the_same_bytes_at_any_number_of_threads_and_no_side_effects(op: str, threads: None) -> None:
     for arguments in large(op):
         before = {k: v.clone() for k, v in arguments.items() if isinstance(v, Tensor)}

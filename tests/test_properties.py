@@ -198,3 +198,14 @@ def test_scaling_never_loses(case: tuple[Tensor, int], zero_point: bool, duo_sca
     assert losses.min() <= losses[0]
     if losses[0] == losses.min():
         assert (scale == 1).all()  # the first among equals
+
+
+@quick
+@given(st.integers(0, 300), st.integers(1, 150), st.integers(0, 300), st.booleans(), SEEDS)
+def test_gram_sums_of_parts_are_those_of_the_whole(first: int, k: int, second: int, bfloat16: bool, seed: int) -> None:
+    """Small whole numbers, whose sums are exact in any order."""
+    x = torch.randint(-9, 10, (first + second, k), generator=generator(seed)).float()
+    sums = torch.zeros(k, k)
+    ops.add_gram(sums, x[:first], bfloat16=bfloat16)
+    ops.add_gram(sums, x[first:], bfloat16=bfloat16)
+    assert torch.equal(sums, (x.T @ x).triu())

@@ -302,7 +302,7 @@ AWQ_LEVEL(avx512, __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl"))))
 
 CompensateRows rows_of([[maybe_unused]] const Kernels& level) {
 #if defined(__x86_64__)
-  if (std::strcmp(level.name, "avx512") == 0) return compensate_avx512;
+  if (std::strncmp(level.name, "avx512", 6) == 0) return compensate_avx512;
   if (std::strcmp(level.name, "avx2") == 0) return compensate_avx2;
 #endif
   return compensate_portable;
@@ -310,7 +310,7 @@ CompensateRows rows_of([[maybe_unused]] const Kernels& level) {
 
 SubtractPanel panel_of([[maybe_unused]] const Kernels& level) {
 #if defined(__x86_64__)
-  if (std::strcmp(level.name, "avx512") == 0) return subtract_avx512;
+  if (std::strncmp(level.name, "avx512", 6) == 0) return subtract_avx512;
   if (std::strcmp(level.name, "avx2") == 0) return subtract_avx2;
 #endif
   return subtract_portable;

@@ -4,6 +4,7 @@
 #pragma once
 #include <cstdint>
 
+#include "gram.h"
 #include "layout.h"
 #include "linear.h"
 #include "quantize.h"
@@ -20,7 +21,7 @@ struct LinearWork {
 };
 
 struct Kernels {
-  const char* name;    // "portable", "avx2", "avx512"
+  const char* name;    // "portable", "avx2", "avx512", "avx512_bf16"
   std::int64_t strip;  // output columns that a linear kernel handles together, a multiple of eight
   std::int64_t panel;  // columns of a packed triangle that gram_loss handles together
 
@@ -42,6 +43,15 @@ struct Kernels {
 
   /// loss[r] = d_r G d_r^T for `rows` rows of d, [rows, padded(k)] with zeros beyond k, from the packed triangle.
   void (*gram_loss)(const float* d, std::int64_t rows, const float* triangle, std::int64_t k, double* loss) noexcept;
+
+  /// sums[i, j] += sum over rows t of x[t, i] x[t, j] for j >= i, in two steps: gram_pack for blocks [begin, end) of
+  /// gram_block columns each, which writes only their part of packed; then, when all are packed, gram_add for every two
+  /// blocks i <= j, which writes only their part of sums. Nothing else of sums is touched. The order in which an
+  /// element is summed depends on t alone. gram_size: the words of packed.
+  std::int64_t gram_block;
+  std::int64_t (*gram_size)(const GramArgs& args) noexcept;
+  void (*gram_pack)(const GramArgs& args, std::int64_t begin, std::int64_t end) noexcept;
+  void (*gram_add)(const GramArgs& args, std::int64_t i, std::int64_t j) noexcept;
 
   /// What pack.h promises under these names.
   bool (*pack_blocks)(const Codes& to, const std::uint8_t* q, void* words, std::int64_t n, std::int64_t k,
@@ -69,6 +79,7 @@ const Kernels& portable_kernels();
 #if defined(__x86_64__)
 const Kernels& avx2_kernels();
 const Kernels& avx512_kernels();
+const Kernels& avx512_bf16_kernels();
 #endif
 
 }  // namespace awq::core

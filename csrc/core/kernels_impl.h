@@ -268,9 +268,133 @@ void gram_loss(const float* d, std::int64_t rows, const float* triangle, std::in
   }
 }
 
+// --- gram -----------------------------------------------------------------------------------------------------------
+
+// x is packed into panels of columns; the word of a column is its float, or where the level multiplies bfloat16
+// numbers, those of two rows, the first in the lower half. Panels are whole and an odd last row has a partner: what is
+// missing is zero, which adds nothing.
+#if defined(__AVX512F__)
+inline constexpr int kGramRows = 8;  // by three vectors: 24 accumulators of 32 registers
+#else
+inline constexpr int kGramRows = 4;  // 12 of 16
+#endif
+inline constexpr int kGramVectors = 3;
+inline constexpr std::int64_t kGramPanel = std::int64_t{kGramVectors} * kLanes;
+inline constexpr std::int64_t kGramPanels = 2;   // in one block
+inline constexpr std::int64_t kGramDepth = 128;  // words summed before they are added to sums: a panel is then 24 KiB
+static_assert(kGramPanel % kGramRows == 0);
+
+inline bool gram_pairs([[maybe_unused]] const GramArgs& a) {
+#if defined(__AVX512BF16__)
+  return a.bfloat16;
+#else
+  return false;
+#endif
+}
+
+/// Words of one packed column.
+inline std::int64_t gram_depth(const GramArgs& a) { return gram_pairs(a) ? (a.t + 1) / 2 : a.t; }
+
+std::int64_t gram_size(const GramArgs& a) noexcept { return gram_depth(a) * padded(a.k, kGramPanels * kGramPanel); }
+
+/// Bits of x from [row, column] on; zero beyond its last row and column.
+inline Words gram_line(const GramArgs& a, std::int64_t row, std::int64_t column) {
+  if (row >= a.t || column >= a.k) return Words{};
+  const float* x = a.x + row * a.x_stride + column;
+  const Words bits = load_words(reinterpret_cast<const std::uint32_t*>(x), a.k - column);
+  return a.bfloat16 ? round_to_bfloat(bits) : bits;
+}
+
+void gram_pack(const GramArgs& a, std::int64_t begin, std::int64_t end) noexcept {
+  const std::int64_t depth = gram_depth(a);
+  const bool pairs = gram_pairs(a);
+  for (std::int64_t panel = begin * kGramPanels; panel < end * kGramPanels; ++panel)
+    for (std::int64_t i = 0; i < depth; ++i)
+      for (int v = 0; v < kGramVectors; ++v) {
+        const std::int64_t column = panel * kGramPanel + v * kLanes;
+        const Words line =
+            pairs ? (gram_line(a, 2 * i, column) >> 16) | gram_line(a, 2 * i + 1, column) : gram_line(a, i, column);
+        std::memcpy(a.packed + (panel * depth + i) * kGramPanel + v * kLanes, &line, sizeof line);
+      }
+}
+
+/// sum += the product of two words of each lane, or with kPairs of their two bfloat16 numbers.
+template <bool kPairs>
+inline Floats multiply_words(Words a, Words b, Floats sum) {
+#if defined(__AVX512BF16__)
+  if constexpr (kPairs)
+    return static_cast<Floats>(_mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b)));
+#endif
+  return fma(reinterpret_cast<Floats>(a), reinterpret_cast<Floats>(b), sum);
+}
+
+/// sums[row .., column ..] += the products of kGramRows columns, packed at `left`, and one panel, `right`.
+template <bool kPairs>
+inline void gram_tile(const GramArgs& a, const std::uint32_t* left, const std::uint32_t* right, std::int64_t count,
+                      std::int64_t row, std::int64_t column) {
+  Floats sum[kGramRows][kGramVectors] = {};
+  for (std::int64_t i = 0; i < count; ++i) {
+    Words line[kGramVectors];
+#pragma GCC unroll 3
+    for (int v = 0; v < kGramVectors; ++v) line[v] = load_words(right + i * kGramPanel + v * kLanes, kLanes);
+#pragma GCC unroll 8
+    for (int r = 0; r < kGramRows; ++r) {
+      const Words factor = Words{} + left[i * kGramPanel + r];
+#pragma GCC unroll 3
+      for (int v = 0; v < kGramVectors; ++v) sum[r][v] = multiply_words<kPairs>(factor, line[v], sum[r][v]);
+    }
+  }
+  if (row + kGramRows <= column + 1 && column + kGramPanel <= a.k) {  // all of it is on or above the diagonal
+#pragma GCC unroll 8
+    for (int r = 0; r < kGramRows; ++r) {
+      float* out = a.sums + (row + r) * a.k + column;
+#pragma GCC unroll 3
+      for (int v = 0; v < kGramVectors; ++v) store(out + v * kLanes, load(out + v * kLanes) + sum[r][v]);
+    }
+    return;
+  }
+  float tile[kGramRows][kGramPanel];
+  for (int r = 0; r < kGramRows; ++r)
+    for (int v = 0; v < kGramVectors; ++v) store(&tile[r][v * kLanes], sum[r][v]);
+  for (std::int64_t i = row; i < smaller(row + kGramRows, a.k); ++i)
+    for (std::int64_t j = i < column ? column : i; j < smaller(column + kGramPanel, a.k); ++j)
+      a.sums[i * a.k + j] += tile[i - row][j - column];
+}
+
+template <bool kPairs>
+inline void gram_add_panels(const GramArgs& a, std::int64_t i_block, std::int64_t j_block) {
+  const std::int64_t depth = gram_depth(a);
+  for (std::int64_t first = 0; first < depth; first += kGramDepth)  // the panels of both blocks stay in the cache
+    for (std::int64_t j = j_block * kGramPanels; j < (j_block + 1) * kGramPanels; ++j)
+      for (std::int64_t i = i_block * kGramPanels; i < smaller((i_block + 1) * kGramPanels, j + 1); ++i)
+        for (std::int64_t r = 0; r < kGramPanel; r += kGramRows)
+          gram_tile<kPairs>(a, a.packed + (i * depth + first) * kGramPanel + r,
+                            a.packed + (j * depth + first) * kGramPanel, smaller(kGramDepth, depth - first),
+                            i * kGramPanel + r, j * kGramPanel);
+}
+
+void gram_add(const GramArgs& a, std::int64_t i, std::int64_t j) noexcept {
+  if (gram_pairs(a)) return gram_add_panels<true>(a, i, j);
+  gram_add_panels<false>(a, i, j);
+}
+
 constexpr Kernels make_kernels(const char* name) {
-  return {name,           kStrip,    kPanel,     linear_decode, linear_gemm, prepare_row, quantization_error,
-          rounding_error, gram_loss, pack_tiles, unpack_tiles,  repack_tiles};
+  return {name,
+          kStrip,
+          kPanel,
+          linear_decode,
+          linear_gemm,
+          prepare_row,
+          quantization_error,
+          rounding_error,
+          gram_loss,
+          kGramPanels * kGramPanel,
+          gram_size,
+          gram_pack,
+          gram_add,
+          pack_tiles,
+          unpack_tiles,
+          repack_tiles};
 }
 
 }  // namespace

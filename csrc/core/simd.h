@@ -54,6 +54,12 @@ inline Floats fma(Floats a, Floats b, Floats c) {
 #endif
 }
 
+/// The bits of floats, rounded to bfloat16: float_to_bfloat of each in the upper half.
+inline Words round_to_bfloat(Words bits) {
+  const Words nearest = bits + 0x7fffu + ((bits >> 16) & 1u), quiet = bits | 0x400000u;
+  return (reinterpret_cast<Ints>(bits & 0x7fffffffu) > 0x7f800000 ? quiet : nearest) & 0xffff0000u;
+}
+
 /// Nibble i of every word, as float.
 inline Floats nibble(Words words, int i) {
 #if defined(__AVX512F__)

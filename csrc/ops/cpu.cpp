@@ -455,6 +455,35 @@ std::tuple<Tensor, Tensor, Tensor> quantize_compensated(const Tensor& w, const T
   return {q, scales, zeros};
 }
 
+// --- calibration ----------------------------------------------------------------------------------------------------
+
+void add_gram(Tensor sums, const Tensor& x, bool bfloat16) {
+  check_given("add_gram", "sums", sums);
+  check_given("add_gram", "x", x);
+  STD_TORCH_CHECK(sums.dim() == 2 && sums.size(0) == sums.size(1) && sums.scalar_type() == ScalarType::Float &&
+                      sums.is_contiguous(),
+                  "awq_ext::add_gram: sums must be a contiguous [in_features, in_features] float32, got ",
+                  describe(sums), sums.is_contiguous() ? "" : ", not contiguous");
+  const std::int64_t k = sums.size(0);
+  STD_TORCH_CHECK(x.dim() == 2 && x.size(1) == k && x.scalar_type() == ScalarType::Float,
+                  "awq_ext::add_gram: x must be [.., in_features] = [.., ", k, "] float32, got ", describe(x));
+  if (x.size(0) == 0 || k == 0) return;
+  core::GramArgs args{};
+  const Tensor rows = as_rows(x, args.x_stride);
+  args.x = static_cast<const float*>(rows.const_data_ptr());
+  args.sums = static_cast<float*>(sums.mutable_data_ptr());
+  args.t = x.size(0), args.k = k, args.bfloat16 = bfloat16;
+  const core::Kernels& kernels = core::best_kernels();
+  Tensor packed = new_empty(x, {kernels.gram_size(args)}, ScalarType::Int);
+  args.packed = words_of(packed);
+  const std::int64_t blocks = (k + kernels.gram_block - 1) / kernels.gram_block;
+  parallel_for(0, blocks, grain(args.t * kernels.gram_block * 8),
+               [&](std::int64_t begin, std::int64_t end) noexcept { kernels.gram_pack(args, begin, end); });
+  for_items(x, blocks * blocks, 0, [&](std::int64_t item, float*) noexcept {
+    if (item / blocks <= item % blocks) kernels.gram_add(args, item / blocks, item % blocks);
+  });
+}
+
 }  // namespace
 }  // namespace awq::ops
 
@@ -470,4 +499,5 @@ STABLE_TORCH_LIBRARY_IMPL(awq_ext, CPU, m) {
   m.impl("scale_losses", TORCH_BOX(&awq::ops::scale_losses));
   m.impl("search_clip", TORCH_BOX(&awq::ops::search_clip));
   m.impl("quantize_compensated", TORCH_BOX(&awq::ops::quantize_compensated));
+  m.impl("add_gram", TORCH_BOX(&awq::ops::add_gram));
 }

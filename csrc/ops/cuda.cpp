@@ -181,6 +181,10 @@ std::tuple<Tensor, Tensor, Tensor> quantize_compensated(const Tensor&, const Ten
   refuse_search("quantize_compensated", "w, gram, range");
 }
 
+void add_gram(const Tensor&, const Tensor&, bool) {
+  STD_TORCH_CHECK(false, "awq_ext::add_gram: runs on a CPU; for sums and x on CUDA call sums.addmm_(x.T, x)");
+}
+
 }  // namespace
 }  // namespace awq::ops
 
@@ -196,4 +200,5 @@ STABLE_TORCH_LIBRARY_IMPL(awq_ext, CUDA, m) {
   m.impl("scale_losses", TORCH_BOX(&awq::ops::scale_losses));
   m.impl("search_clip", TORCH_BOX(&awq::ops::search_clip));
   m.impl("quantize_compensated", TORCH_BOX(&awq::ops::quantize_compensated));
+  m.impl("add_gram", TORCH_BOX(&awq::ops::add_gram));
 }

@@ -78,4 +78,8 @@ STABLE_TORCH_LIBRARY(awq_ext, m) {
       "Tensor? range=None, float damping=0.01, bool act_order=True, int passes=4, bool refit_scales=True, ScalarType? "
       "dtype=None) "
       "-> (Tensor, Tensor, Tensor)");
+
+  // sums[i, j] += sum over t of x[t, i] x[t, j] for j >= i; what is left of the diagonal stays as it is.
+  //   sums float32 [k, k] contiguous, x float32 [t, k], rounded to bfloat16 first if `bfloat16`; sums are float32
+  m.def("add_gram(Tensor(a!) sums, Tensor x, *, bool bfloat16=False) -> ()");
 }

@@ -22,6 +22,7 @@ py::dict cpu_features() {
   py::dict features;
   features["avx2"] = f.avx2;
   features["avx512"] = f.avx512;
+  features["avx512_bf16"] = f.avx512_bf16;
   return features;
 }
 

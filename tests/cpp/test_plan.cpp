@@ -59,6 +59,7 @@ TEST_CASE("the levels of this CPU: best first, portable last, well formed") {
     best_listed |= *levels == &best_kernels();
     CHECK((*levels)->strip % 8 == 0);
     CHECK((*levels)->strip % (*levels)->panel == 0);
+    CHECK((*levels)->gram_block > 0);
     if (levels[1] == nullptr) {
       CHECK(*levels == &portable_kernels());
     }
