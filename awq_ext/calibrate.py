@@ -13,13 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import keystr, tree_flatten_with_path
 
+from awq_ext import ops
 from awq_ext.errors import CalibrationError, UnsupportedModelError
 from awq_ext.linear import AwqLinear
-from awq_ext.precision import fast_products, product
+from awq_ext.precision import bfloat16_is_faster, fast_products, product
 from awq_ext.ranks import ALONE, Ranks, SlotSum, generator
-
-STRIPE = 192
-"""Rows of a Gram matrix that are one product: the left of it, up to the diagonal, is left out."""
 
 
 class Statistics:
@@ -43,8 +41,10 @@ class Statistics:
             self._sums.begin(sums)
         sums[0] += len(rows)
         sums[1] += rows.abs().sum(0)
-        for i in range(0, rows.shape[1], STRIPE):  # what is right of the diagonal, and a little more
-            sums[2][i : i + STRIPE, i:].addmm_(rows[:, i : i + STRIPE].T, rows[:, i:])
+        if rows.device.type == "cpu":
+            ops.add_gram(sums[2], rows, bfloat16=bfloat16_is_faster())
+        else:
+            sums[2].addmm_(rows.T, rows)
 
     @property
     def tokens(self) -> int:
