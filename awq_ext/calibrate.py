@@ -30,7 +30,10 @@ class Statistics:
         self._sums = SlotSum(ranks or ALONE)
 
     def add(self, x: Tensor, slot: int = 0) -> None:
-        """Count in the inputs [..., k] of a batch. Batches come in the order of their slots."""
+        """Count in the inputs [..., k] of a batch. Batches come in the order of their slots.
+
+        Factors of the products are rounded to bfloat16 if that is faster (``precision.py``).
+        """
         rows = x.detach().reshape(-1, x.shape[-1]).float()
         if not len(rows):
             return
