@@ -34,6 +34,10 @@ codes are chosen, so that they suit more than the tokens that it is of. Of the f
 other tokens of the same text, for 3584 and 14336 tokens and for k = 576 and 1536 (linears of SmolLM2-135M)."""
 
 
+PROPAGATION = 0.5
+"""How much of the error of what is quantized before a linear its weight is made to take back."""
+
+
 @dataclass(frozen=True)
 class Settings:
     """What to do to each block; the names are those of :func:`awq_ext.quantize`."""
@@ -184,7 +188,12 @@ class _Work:
         first = {reader: fold.readers[0] for fold in folds for reader in fold.readers}
         watched = {first.get(name, name): self.block.get_submodule(first.get(name, name)) for name in self.linears}
         statistics, held_out, self.sensitivity = rows.collect(
-            self.index, self.block, watched, self.linears if searched else None, self.settings.seed
+            self.index,
+            self.block,
+            watched,
+            self.linears if searched else None,
+            self.settings.seed,
+            keep=self.settings.method in COMPENSATING,
         )
         give_back()
         shared = {
@@ -293,18 +302,23 @@ class _Work:
             self.say(f"codes of {', '.join(names[:3])}")
             give_back()
             # An expert may be reached by tokens only that are held out, or that the original's router sends elsewhere.
-            gram = None
+            gram = correction = None
             if statistics.tokens:
                 gram = _with_ridge(statistics.result(self.prefix + names[0])[1], statistics.tokens)
-            quantized.update({name: self._quantized(name, gram) for name in names})
+                correction = None if statistics.drift is None else _correction(gram, statistics.drift)
+            quantized.update({name: self._quantized(name, gram, correction) for name in names})
             return quantized
+
+        def original(name: str, at: int) -> Tensor | None:
+            read = self.reads.get(name)
+            return None if read is None or at not in read.inputs else read.inputs[at].float() / read.scale
 
         if self.calibration is not None and self.settings.method in COMPENSATING:
             # The quantized model is what a reader of its files will have.
             for name, parameter in self.block.named_parameters():
                 if name.rpartition(".")[0] not in self.linears:
                     parameter.data = parameter.data.to(self.dtypes[name]).float()
-            self.calibration.rows.quantize_in_turn(self.index, self.block, self.linears, order, compensate)
+            self.calibration.rows.quantize_in_turn(self.index, self.block, self.linears, order, compensate, original)
         for name in self.linears:
             if name not in quantized:
                 self.say(f"codes of {name}")
@@ -312,21 +326,23 @@ class _Work:
         for name, module in quantized.items():
             self.block.set_submodule(name, module)
 
-    def _quantized(self, name: str, gram: Tensor | None) -> nn.Module:
+    def _quantized(self, name: str, gram: Tensor | None, correction: Tensor | None = None) -> nn.Module:
         """What takes the place of a linear whose inputs in the quantized model have this Gram matrix.
 
         Those come through everything that is quantized before, in this block and in those in front of it, so codes that
-        are chosen for them make up for some of the errors made there. None: as in the original model.
+        are chosen for them, and for a weight with this `_correction`, make up for some of the errors made there. None:
+        the inputs are as in the original model.
         """
         if gram is None and name in self.reads:
             gram = _with_ridge(self.reads[name].gram, self.reads[name].tokens)
         weight = self.linears[name].weight.detach().cpu()
+        wanted = weight if correction is None else torch.addmm(weight, weight, correction.T)
         range = None
         if gram is not None and self.settings.apply_clip:
-            range = ops.search_clip(weight, gram, **self.rounding)
+            range = ops.search_clip(wanted, gram, **self.rounding)
         codes = nearest = self._round(name, range)
         if gram is not None and self.settings.method in COMPENSATING:
-            codes = ops.quantize_compensated(weight, gram, range=range, **self.rounding)
+            codes = ops.quantize_compensated(wanted, gram, range=range, **self.rounding)
         if name in self.reads:
             read, last = self.reads[name], 2**self.settings.w_bit - 1
             self.measured[name].report(self.entries[name], weight, read.scale, read.grams, nearest, codes, range, last)
@@ -352,12 +368,13 @@ class _Work:
 
 class _Input:
     """What one set of linears reads, on the CPU: x_mean [k] and Gram matrices [k, k], the first of the calibration
-    tokens, the second, if there is one, of those held out; ``scale`` [k] is what it was divided by."""
+    tokens, the second, if there is one, of those held out; ``scale`` [k] is what it was divided by since. ``inputs``
+    are the calibration's own, before that, by batch, if they were kept."""
 
     def __init__(self, statistics: Statistics, held_out: Statistics, name: str) -> None:
         self.x_mean, gram = statistics.result(name)
         self.grams = [gram, held_out.result(name)[1]] if held_out.tokens else [gram]
-        self.tokens, self.scale = statistics.tokens, torch.ones_like(self.x_mean)
+        self.tokens, self.inputs, self.scale = statistics.tokens, statistics.inputs, torch.ones_like(self.x_mean)
 
     @property
     def gram(self) -> Tensor:
@@ -372,6 +389,18 @@ class _Input:
 def _with_ridge(gram: Tensor, tokens: int) -> Tensor:
     ridge = RIDGE * len(gram) / tokens * float(gram.diagonal().mean())
     return gram + ridge * torch.eye(len(gram))
+
+
+def _correction(gram: Tensor, drift: Tensor) -> Tensor:
+    """The matrix C [k, k] by which a weight w [n, k] is best for the inputs of the quantized model: w + w C^T.
+
+    With the original's inputs x, those of the quantized model y, and a ridge r, |y v - x w|^2 + r |v - w|^2 is least
+    for v = w + (y^T y + r)^-1 y^T (x - y) w (as in GPTAQ, arXiv 2504.02692, and Qronos, arXiv 2505.11695). ``gram`` is
+    y^T y + r, ``drift`` is y^T (x - y). Only `PROPAGATION` of it is made: all of it fits the calibration tokens too
+    closely (as in QEP, arXiv 2504.09629).
+    """
+    factor, failed = torch.linalg.cholesky_ex(gram)
+    return torch.zeros_like(gram) if failed else PROPAGATION * torch.cholesky_solve(drift, factor)
 
 
 def _restore(block: nn.Module, dtypes: Mapping[str, torch.dtype]) -> None:

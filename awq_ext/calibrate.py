@@ -16,23 +16,26 @@ from torch.utils._pytree import keystr, tree_flatten_with_path
 from awq_ext import ops
 from awq_ext.errors import CalibrationError, UnsupportedModelError
 from awq_ext.linear import AwqLinear
-from awq_ext.precision import bfloat16_is_faster, fast_products, product
+from awq_ext.precision import bfloat16_is_faster, fast_dtype, fast_products, product
 from awq_ext.ranks import ALONE, Ranks, SlotSum, generator
 
 
 class Statistics:
     """Of the input x [tokens, k] of a linear: the mean of |x| [k] and the mean of x^T x [k, k], both float32.
 
-    ``ranks``: the processes that take them together; None: this one alone.
+    ``ranks``: the processes that take them together; None: this one alone. ``inputs`` is for who wants to keep the
+    inputs themselves, by batch.
     """
 
     def __init__(self, ranks: Ranks | None = None) -> None:
         self._sums = SlotSum(ranks or ALONE)
+        self.inputs: dict[int, Tensor] = {}
 
-    def add(self, x: Tensor, slot: int = 0) -> None:
+    def add(self, x: Tensor, slot: int = 0, original: Tensor | None = None) -> None:
         """Count in the inputs [..., k] of a batch. Batches come in the order of their slots.
 
-        Factors of the products are rounded to bfloat16 if that is faster (``precision.py``).
+        ``original`` [..., k]: what the linear reads in the original model for the same tokens, for `drift`; given for
+        all batches or for none. Factors of the products are rounded to bfloat16 if that is faster (``precision.py``).
         """
         rows = x.detach().reshape(-1, x.shape[-1]).float()
         if not len(rows):
@@ -41,6 +44,8 @@ class Statistics:
         if sums is None:
             k = rows.shape[1]
             sums = [torch.zeros((), dtype=torch.float64), rows.new_zeros(k), rows.new_zeros(k, k)]
+            if original is not None:
+                sums.append(rows.new_zeros(k, k))
             self._sums.begin(sums)
         sums[0] += len(rows)
         sums[1] += rows.abs().sum(0)
@@ -48,6 +53,9 @@ class Statistics:
             ops.add_gram(sums[2], rows, bfloat16=bfloat16_is_faster())
         else:
             sums[2].addmm_(rows.T, rows)
+        if original is not None:
+            fast = fast_dtype(rows)
+            sums[3] += rows.to(fast).T @ (original.reshape(rows.shape) - rows).to(fast)
 
     @property
     def tokens(self) -> int:
@@ -58,7 +66,7 @@ class Statistics:
         """(x_mean, gram) on the CPU. Raises CalibrationError naming the linear if they are missing or not finite."""
         if self._sums.total is None:
             raise CalibrationError(f"{name} got no calibration token")
-        tokens, total, products = self._sums.total
+        tokens, total, products = self._sums.total[:3]
         upper = products.triu() / int(tokens)
         x_mean, gram = total / int(tokens), upper + upper.triu(1).T
         if not (torch.isfinite(x_mean).all() and torch.isfinite(gram).all()):
@@ -67,6 +75,12 @@ class Statistics:
                 "float32, or has NaN weights in front of it"
             )
         return x_mean, gram
+
+    @property
+    def drift(self) -> Tensor | None:
+        """The mean of x^T (original - x), float32 [k, k] on the CPU; None if the originals were not given."""
+        total = self._sums.total
+        return None if total is None or len(total) == 3 else total[3] / int(total[0])
 
 
 BATCH = 4
@@ -219,6 +233,8 @@ class BlockInputs:
         watched: Mapping[str, nn.Module],
         linears: Mapping[str, nn.Linear] | None = None,
         seed: int = 0,
+        *,
+        keep: bool = False,
     ) -> tuple[dict[str, Statistics], dict[str, Statistics], dict[str, Tensor]]:
         """Move the original model's hidden states on through its block, and look at what happens in it.
 
@@ -230,15 +246,21 @@ class BlockInputs:
         tokens: the squared gradient of a random-sign projection of the output has that expectation (Hutchinson's
         estimator). So a search that weighs rows by it minimises the error of the block and not of its linears one by
         one. The signs depend on ``seed``, the block and the batch.
+
+        ``keep``: the statistics of what is not held out keep their ``inputs``, in 16 bits, of modules that read one
+        vector for every token.
         """
         statistics = {name: Statistics(self.ranks) for name in watched}
         held_out = {name: Statistics(self.ranks) for name in watched}
         squares = {name: SlotSum(self.ranks) for name in linears or ()}
-        number = slot = 0
+        at = number = slot = 0
 
         def watch(name: str) -> Any:
             def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
-                (held_out if number in self.held_out else statistics)[name].add(args[0], slot)
+                counted = (held_out if number in self.held_out else statistics)[name]
+                counted.add(args[0], slot)
+                if keep and number not in self.held_out and self._is_whole(args[0], at):
+                    counted.inputs[at] = args[0].detach().bfloat16()
 
             return hook
 
@@ -274,6 +296,10 @@ class BlockInputs:
             mean = torch.zeros(linear.out_features) if total is None else total[0] / self._sensitive_tokens
             sensitivity[name] = mean
         return statistics, held_out, sensitivity
+
+    def _is_whole(self, input: Tensor, at: int) -> bool:
+        """Whether the input [..., k] of a linear has a row for every token of a batch; experts get some of them."""
+        return input.shape[:-1].numel() == self.ids[at].numel()
 
     def reading_order(self, index: int, block: nn.Module, linears: Mapping[str, nn.Module]) -> list[list[str]]:
         """The names of the linears in the order in which the block calls them, those that read the same in one list.
@@ -316,12 +342,15 @@ class BlockInputs:
         linears: Mapping[str, nn.Module],
         order: Sequence[Sequence[str]],
         quantize: Callable[[Sequence[str], Statistics], Mapping[str, nn.Module]],
+        original: Callable[[str, int], Tensor | None] = lambda name, at: None,
     ) -> dict[str, nn.Module]:
         """Move the quantized model's hidden states on through its block, while its linears are quantized one by one.
 
         ``quantize(names, statistics)`` returns what stands in for the linears ``names``, which are one list of
         ``order``, given the statistics of what they read when all that is called before them is quantized, batches held
         out left out. Returns what it returned for all of them. It is not called for linears that no token reaches.
+        ``original(name, at)`` is what a linear reads in the original model in that batch; if it is known for all
+        batches, the statistics have a `drift`.
 
         Every batch runs the block once, as a coroutine (greenlet) that stops at each linear until that is quantized.
         Of the linears at which batches wait, the one that comes first in ``order`` is taken. A batch that comes to a
@@ -361,10 +390,14 @@ class BlockInputs:
                     return done
                 statistics = Statistics(self.ranks)
                 ready = [at for at in sorted(waiting) if waiting[at][0] == first]
-                for at in ready:
-                    number, slot = self.places[at]
-                    if number not in self.held_out:
-                        statistics.add(waiting[at][1], slot)
+                counted = [at for at in ready if self.places[at][0] not in self.held_out]
+                known = [
+                    self._is_whole(waiting[at][1], at) and original(order[first][0], at) is not None for at in counted
+                ]
+                all_known = self.ranks.least(int(all(known))) == 1
+                for at in counted:
+                    other = original(order[first][0], at) if all_known else None
+                    statistics.add(waiting[at][1], self.places[at][1], other)
                 done.update(quantize(order[first], statistics))
                 forwards.update({name: _fast_forward(done[name]) for name in order[first]})
                 for at in ready:
