@@ -307,6 +307,9 @@ class _Work:
                 gram = _with_ridge(statistics.result(self.prefix + names[0])[1], statistics.tokens)
                 correction = None if statistics.drift is None else _correction(gram, statistics.drift)
             quantized.update({name: self._quantized(name, gram, correction) for name in names})
+            for read in map(self.reads.get, names):
+                if read is not None and all(name in quantized for name, own in self.reads.items() if own is read):
+                    read.inputs.clear()
             return quantized
 
         def original(name: str, at: int) -> Tensor | None:

@@ -27,5 +27,5 @@ def give_back() -> None:
     library = ctypes.CDLL(None)
     if hasattr(library, "mallinfo2") and hasattr(library, "malloc_trim"):
         library.mallinfo2.restype = _Allocator
-        if library.mallinfo2().free > 64 * 2**20:
+        if library.mallinfo2().free > 32 * 2**20:
             library.malloc_trim(ctypes.c_size_t(0))

@@ -30,7 +30,7 @@ from awq_ext.report import LinearReport, Report
 from awq_ext.storage import bytes_of
 from awq_ext.swap import NEVER_CONVERTED, Decision, as_linear, decide
 from awq_ext.trace import SEVERAL_TOKENS
-from awq_ext.tune import Batch, tune
+from awq_ext.tune import TOKENS, Batch, tune
 from awq_ext.windows import BUILTIN_TEXT, Windows
 
 SINGLE_TOKENS = 64  # windows of one token that folds are looked for on: enough to reach most experts of a mixture
@@ -409,17 +409,23 @@ class _Run:
         return part
 
     def _tune(self, inputs: BlockInputs, rows: list[Tensor], names: Collection[str]) -> None:
-        """Tune the quantized model, which is in memory, row by row. Every rank does all of it."""
+        """Tune the quantized model, which is in memory, by the beginnings of the rows. Every rank does all of it."""
         model, blocks = self.model, self.original.blocks
         self.original.complete()
         inputs.quantized.clear()
-        first = BlockInputs(model, blocks, rows, batch=1)
+        targets = [
+            (row, number in inputs.held_out)
+            for number, states in enumerate(self.ranks.gather(inputs.hidden))
+            for row in states.split(1)
+        ]
+        # Those held out stay whole: what is gained is little beside the noise of a few tokens.
+        cut = [row if out else row[:TOKENS] for row, (_, out) in zip(rows, targets, strict=True)]
+        first = BlockInputs(model, blocks, cut, batch=1)
         batches: tuple[list[Batch], list[Batch]] = [], []
-        row = 0
-        for number, target in enumerate(self.ranks.gather(inputs.hidden)):
-            for own in target.split(1):
-                batches[number in inputs.held_out].append(Batch(first.ids[row], first.hidden[row], own))
-                row += 1
+        for ids, hidden, (target, out) in zip(first.ids, first.hidden, targets, strict=True):
+            batches[out].append(Batch(ids, hidden, target[:, : ids.shape[1]].clone()))
+        del targets
+        inputs.hidden.clear()
         quantized = map(model.get_submodule, sorted(names))
         linears = {linear: self.settings.group_of(linear.in_features) for linear in quantized}
         tuned_on, held_out = batches
