@@ -83,7 +83,7 @@ class Statistics:
         return None if total is None or len(total) == 3 else total[3] / int(total[0])
 
 
-BATCH = 2
+BATCH = 4
 """Rows that are run together, if they are of one length."""
 
 HELD_OUT = 8

@@ -43,8 +43,9 @@ def fast_products() -> Iterator[None]:
 
 
 def fast_dtype(tensor: Tensor) -> torch.dtype:
-    """What factors on the device of this one are best rounded to before they are multiplied."""
-    return torch.bfloat16 if tensor.device.type == "cpu" and bfloat16_is_faster() else torch.float32
+    """What a factor like this one is best rounded to: bfloat16 if that is faster, else its own dtype."""
+    fast = tensor.device.type == "cpu" and tensor.dtype == torch.float32 and bfloat16_is_faster()
+    return torch.bfloat16 if fast else tensor.dtype
 
 
 def product(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
@@ -53,6 +54,8 @@ def product(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
     Nearly twice as fast as what `fast_products` makes of a float32 product, which converts both factors every time.
     """
     half = weight.to(fast_dtype(weight))
+    if half is weight:
+        return lambda x: nn.functional.linear(x, weight, bias)
 
     def multiply(x: Tensor) -> Tensor:
         y = nn.functional.linear(x.to(half.dtype), half).float()

@@ -299,8 +299,8 @@ class _Product(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, log: Tensor) -> Tensor:
         factor = x.to(weight.dtype)
         ctx.save_for_backward(factor, weight)
-        ctx.groups = log.shape[1]
-        y = nn.functional.linear(factor, weight).float()
+        ctx.dtype, ctx.groups = x.dtype, log.shape[1]
+        y = nn.functional.linear(factor, weight).to(x.dtype)
         return y if bias is None else y + bias
 
     @staticmethod
@@ -308,5 +308,5 @@ class _Product(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         gradient = gradient.to(weight.dtype)
         by_weight = gradient.flatten(0, -2).t() @ x.flatten(0, -2)
-        by_log = (by_weight * weight).unflatten(1, (ctx.groups, -1)).sum(-1, dtype=torch.float32)  # as dw/dlog = w
-        return (gradient @ weight).float(), None, None, by_log
+        by_log = (by_weight * weight).unflatten(1, (ctx.groups, -1)).sum(-1, dtype=ctx.dtype)  # as dw/dlog = w
+        return (gradient @ weight).to(ctx.dtype), None, None, by_log

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from test_quantizer import ids, small_model
-from torch import nn
+from torch import Tensor, nn
 
 from awq_ext import AwqLinear, CalibrationError, load_quantized, quantize, tune
 from awq_ext.calibrate import BlockInputs
@@ -37,9 +37,14 @@ def test_gradients_are_those_of_autograd() -> None:
     weight, bias = torch.randn(24, 32, dtype=torch.float64), torch.randn(24, dtype=torch.float64)
     x = torch.randn(2, 5, 32, dtype=torch.float64, requires_grad=True)
     log = (0.1 * torch.randn(24, 4, dtype=torch.float64)).requires_grad_()
-    assert torch.autograd.gradcheck(lambda x, log: tune._Product.apply(x, weight, bias, log), (x, log))
+
+    def multiply(x: Tensor, log: Tensor) -> Tensor:
+        product: Tensor = tune._Product.apply(x, tune._scale(weight, log.detach()), bias, log)
+        return product
+
+    assert torch.autograd.gradcheck(multiply, (x, log))
     expected = nn.functional.linear(x, weight * log.exp().repeat_interleave(8, 1), bias)
-    torch.testing.assert_close(tune._Product.apply(x, weight, bias, log), expected)
+    torch.testing.assert_close(multiply(x, log), expected)
 
 
 def student_of(kind: str, monkeypatch: pytest.MonkeyPatch, chunk: int) -> tuple[tune._Student, Batch]:
