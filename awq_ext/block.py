@@ -193,7 +193,7 @@ class _Work:
             watched,
             self.linears if searched else None,
             self.settings.seed,
-            keep=self.settings.method in COMPENSATING,
+            keep=self.settings.method == "awq+",
         )
         give_back()
         shared = {
@@ -312,9 +312,9 @@ class _Work:
                     read.inputs.clear()
             return quantized
 
-        def original(name: str, at: int) -> Tensor | None:
+        def original(name: str) -> tuple[Mapping[int, Tensor], Tensor]:
             read = self.reads.get(name)
-            return None if read is None or at not in read.inputs else read.inputs[at].float() / read.scale
+            return ({}, torch.ones(())) if read is None else (read.inputs, read.scale)
 
         if self.calibration is not None and self.settings.method in COMPENSATING:
             # The quantized model is what a reader of its files will have.

@@ -83,7 +83,7 @@ class Statistics:
         return None if total is None or len(total) == 3 else total[3] / int(total[0])
 
 
-BATCH = 4
+BATCH = 2
 """Rows that are run together, if they are of one length."""
 
 HELD_OUT = 8
@@ -342,15 +342,15 @@ class BlockInputs:
         linears: Mapping[str, nn.Module],
         order: Sequence[Sequence[str]],
         quantize: Callable[[Sequence[str], Statistics], Mapping[str, nn.Module]],
-        original: Callable[[str, int], Tensor | None] = lambda name, at: None,
+        original: Callable[[str], tuple[Mapping[int, Tensor], Tensor]] = lambda name: ({}, torch.ones(())),
     ) -> dict[str, nn.Module]:
         """Move the quantized model's hidden states on through its block, while its linears are quantized one by one.
 
         ``quantize(names, statistics)`` returns what stands in for the linears ``names``, which are one list of
         ``order``, given the statistics of what they read when all that is called before them is quantized, batches held
         out left out. Returns what it returned for all of them. It is not called for linears that no token reaches.
-        ``original(name, at)`` is what a linear reads in the original model in that batch; if it is known for all
-        batches, the statistics have a `drift`.
+        ``original(name)``: what a linear reads in the original model, by batch, and what that is to be divided by. If
+        it is known for all batches, the statistics have a `drift`.
 
         Every batch runs the block once, as a coroutine (greenlet) that stops at each linear until that is quantized.
         Of the linears at which batches wait, the one that comes first in ``order`` is taken. A batch that comes to a
@@ -391,12 +391,11 @@ class BlockInputs:
                 statistics = Statistics(self.ranks)
                 ready = [at for at in sorted(waiting) if waiting[at][0] == first]
                 counted = [at for at in ready if self.places[at][0] not in self.held_out]
-                known = [
-                    self._is_whole(waiting[at][1], at) and original(order[first][0], at) is not None for at in counted
-                ]
-                all_known = self.ranks.least(int(all(known))) == 1
+                kept, scale = original(order[first][0])
+                known = all(at in kept and self._is_whole(waiting[at][1], at) for at in counted)
+                known = self.ranks.least(int(known)) == 1
                 for at in counted:
-                    other = original(order[first][0], at) if all_known else None
+                    other = kept[at].float() / scale.to(kept[at].device) if known else None
                     statistics.add(waiting[at][1], self.places[at][1], other)
                 done.update(quantize(order[first], statistics))
                 forwards.update({name: _fast_forward(done[name]) for name in order[first]})

@@ -14,6 +14,7 @@ from architectures import ids, small_model
 from torch import Tensor, nn
 
 from awq_ext import block, measure, ops, quantize
+from awq_ext.calibrate import BATCH, HELD_OUT
 from awq_ext.measure import Codes, Measured, dequantize
 from awq_ext.report import FoldReport, LinearReport, Loss, Report, UnscaledReport
 
@@ -114,6 +115,7 @@ def test_a_group_that_is_rounded_to_nearest_is_not_saturated(w_bit: int) -> None
 # --- a whole run ----------------------------------------------------------------------------------------------------
 
 ROWS: dict[str, Any] = {"calibration": ids(32, 24), "samples": 32, "seq_len": 24, "q_group_size": 16}
+IS_HELD_OUT = torch.arange(32) // BATCH % HELD_OUT == HELD_OUT - 1
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +138,7 @@ def test_a_run_measures_what_it_says_on_the_tokens_it_says(run: tuple[nn.Module,
         for name in ("q_proj", "k_proj"):
             linear, entry = before.self_attn.get_submodule(name), entries[f"model.layers.0.self_attn.{name}"]
             rounded = dequantize(ops.quantize(linear.weight, group_size=16))
-            for rows, which in ((slice(0, 28), "calibration"), (slice(28, 32), "held_out")):
+            for rows, which in ((~IS_HELD_OUT, "calibration"), (IS_HELD_OUT, "held_out")):
                 y = linear(read[rows])
                 for got, error in (
                     (entry.rtn, read[rows] @ rounded.t() - y),
@@ -182,7 +184,7 @@ def test_the_report_lies_beside_the_checkpoint(run: tuple[nn.Module, Path]) -> N
 
 
 def test_few_batches_leave_none_to_hold_out() -> None:
-    report = quantize(small_model("llama"), **{**ROWS, "samples": 28}).awq_report
+    report = quantize(small_model("llama"), **{**ROWS, "samples": (HELD_OUT - 1) * BATCH}).awq_report
     assert report.held_out_tokens == 0
     assert all(fold.held_out is None and fold.refused is None for fold in report.folds)
     assert all(x.rtn.held_out is None and x.final.held_out is None for x in report.quantized)
@@ -208,14 +210,14 @@ def test_codes_suit_tokens_that_they_are_not_chosen_on(monkeypatch: pytest.Monke
 
 
 def test_a_scale_that_held_out_tokens_do_not_confirm_is_not_used() -> None:
-    """Tokens below 48 are loud in other channels than those above, which only the last batch has."""
+    """Tokens below 48 are loud in other channels than those above, which only held-out batches have."""
     model = small_model("llama")
     loud = torch.ones(96, 64)
     loud[:48, ::2], loud[48:, 1::2] = 30, 30
     model.model.embed_tokens.weight.data *= loud
     norm = model.model.layers[0].input_layernorm.weight.clone()
     rows = ids(32, 24) % 48
-    rows[28:] += 48
+    rows[IS_HELD_OUT] += 48
     report = quantize(model, **{**ROWS, "calibration": rows}).awq_report
     fold = report.folds[0]
     assert fold.producer == "model.layers.0.input_layernorm"
