@@ -16,7 +16,7 @@ from common import take_turns, write
 
 from awq_ext import ops
 
-ROWS = 2048  # four rows of 512 tokens: one batch of calibration
+ROWS = 2048  # four rows of 512 tokens
 WIDTHS = [576, 1536, 4096]
 
 PRODUCTS: Any = torch.backends.mkldnn.matmul
