@@ -79,15 +79,19 @@ struct Tile {
 /// sum[r] += row r of the matrix times d, for `count` rows that are `stride` apart and `length` long.
 AWQ_INLINE void add_products(const float* matrix, std::int64_t stride, std::int64_t count, const Lanes* d,
                              std::int64_t length, Lanes* sum) {
+  constexpr std::int64_t kTogether = 8;
   std::int64_t r = 0;
-  for (; r + 4 <= count; r += 4) {
-    const float *m0 = matrix + r * stride, *m1 = m0 + stride, *m2 = m1 + stride, *m3 = m2 + stride;
+  for (; r + kTogether <= count; r += kTogether) {
+    const float* m = matrix + r * stride;
     Lanes s0 = sum[r], s1 = sum[r + 1], s2 = sum[r + 2], s3 = sum[r + 3];
-    for (std::int64_t u = 0; u < length; ++u) {
+    Lanes s4 = sum[r + 4], s5 = sum[r + 5], s6 = sum[r + 6], s7 = sum[r + 7];
+    for (std::int64_t u = 0; u < length; ++u, ++m) {
       const Lanes x = d[u];
-      s0 += m0[u] * x, s1 += m1[u] * x, s2 += m2[u] * x, s3 += m3[u] * x;
+      s0 += m[0] * x, s1 += m[stride] * x, s2 += m[2 * stride] * x, s3 += m[3 * stride] * x;
+      s4 += m[4 * stride] * x, s5 += m[5 * stride] * x, s6 += m[6 * stride] * x, s7 += m[7 * stride] * x;
     }
     sum[r] = s0, sum[r + 1] = s1, sum[r + 2] = s2, sum[r + 3] = s3;
+    sum[r + 4] = s4, sum[r + 5] = s5, sum[r + 6] = s6, sum[r + 7] = s7;
   }
   for (; r < count; ++r) {
     Lanes s = sum[r];
@@ -265,7 +269,8 @@ AWQ_INLINE std::int64_t compensate(const CompensateArgs& a, std::int64_t begin, 
 AWQ_INLINE void subtract_panel(double* a, std::int64_t k, std::int64_t p, std::int64_t row) {
   constexpr std::int64_t kColumns = 16;
   const std::int64_t rows = std::min(kFactorBlock, k - row);
-  double left[kFactorBlock][kFactorBlock];  // [i, s]
+  constexpr std::int64_t kTogether = 4;
+  double left[kFactorBlock][kFactorBlock] = {};  // [i, s]
   for (std::int64_t i = 0; i < rows; ++i)
     for (std::int64_t s = 0; s < kFactorBlock; ++s) left[i][s] = a[(p + s) * k + row + i];
   for (std::int64_t j = row; j < k; j += kColumns) {
@@ -273,11 +278,13 @@ AWQ_INLINE void subtract_panel(double* a, std::int64_t k, std::int64_t p, std::i
     double right[kFactorBlock][kColumns] = {};
     for (std::int64_t s = 0; s < kFactorBlock; ++s)
       for (std::int64_t c = 0; c < count; ++c) right[s][c] = a[(p + s) * k + j + c];
-    for (std::int64_t i = 0; i < rows; ++i) {
-      double sum[kColumns] = {};
+    for (std::int64_t i = 0; i < rows; i += kTogether) {
+      double sum[kTogether][kColumns] = {};
       for (std::int64_t s = 0; s < kFactorBlock; ++s)
-        for (std::int64_t c = 0; c < kColumns; ++c) sum[c] += left[i][s] * right[s][c];
-      for (std::int64_t c = 0; c < count; ++c) a[(row + i) * k + j + c] -= sum[c];
+        for (std::int64_t r = 0; r < kTogether; ++r)
+          for (std::int64_t c = 0; c < kColumns; ++c) sum[r][c] += left[i + r][s] * right[s][c];
+      for (std::int64_t r = 0; r < std::min(kTogether, rows - i); ++r)
+        for (std::int64_t c = 0; c < count; ++c) a[(row + i + r) * k + j + c] -= sum[r][c];
     }
   }
 }
