@@ -17,7 +17,7 @@ from torch.utils._pytree import keystr, tree_flatten_with_path
 from awq_ext import ops
 from awq_ext.errors import CalibrationError, UnsupportedModelError
 from awq_ext.linear import AwqLinear
-from awq_ext.precision import bfloat16_is_faster, fast_dtype, fast_products, product
+from awq_ext.precision import bfloat16_is_faster, fast_dtype, fast_forward, fast_products, product
 from awq_ext.ranks import ALONE, Ranks, SlotSum, generator
 
 
@@ -36,9 +36,10 @@ class Statistics:
         ``missing`` [..., m]: something else of the same tokens, for `missing`; given for all batches or for none.
         Factors of the products are rounded to bfloat16 if that is faster (``precision.py``).
         """
-        rows = x.detach().reshape(-1, x.shape[-1]).float()
-        if not len(rows):
+        given = x.detach().reshape(-1, x.shape[-1])
+        if not len(given):
             return
+        rows = given.float()
         sums = self._sums.of_slot(slot)
         if sums is None:
             k = rows.shape[1]
@@ -47,14 +48,14 @@ class Statistics:
                 sums.append(rows.new_zeros(k, missing.shape[-1]))
             self._sums.begin(sums)
         sums[0] += len(rows)
-        sums[1] += rows.abs().sum(0)
+        sums[1] += torch.linalg.vector_norm(rows, 1, 0)
         if rows.device.type == "cpu":
             ops.add_gram(sums[2], rows, bfloat16=bfloat16_is_faster())
         else:
             sums[2].addmm_(rows.T, rows)
         if missing is not None:
             fast = fast_dtype(rows)
-            sums[3] += rows.to(fast).T @ missing.flatten(0, -2).to(fast)
+            sums[3] += given.to(fast).T @ missing.flatten(0, -2).to(fast)
 
     @property
     def tokens(self) -> int:
@@ -234,8 +235,10 @@ class BlockInputs:
         return block(hidden, *args, **kwargs)
 
     def run(self, index: int, block: nn.Module, hidden: Tensor) -> Tensor:
+        """The hidden states behind the block, float32."""
         out = self.call(index, block, hidden)
-        return out[0] if isinstance(out, tuple) else out
+        states: Tensor = out[0] if isinstance(out, tuple) else out
+        return states.float()
 
     def _run_original(self, index: int, block: nn.Module, at: int) -> Tensor:
         """The output of the original's block for one batch: of the sensitive ones, with its graph.
@@ -243,7 +246,7 @@ class BlockInputs:
         It is always made for these, whether used or not, because the last bits may depend on it.
         """
         sensitive = self.places[at][0] in self._sensitive
-        with torch.set_grad_enabled(sensitive):
+        with torch.set_grad_enabled(sensitive), fast_forward():
             return self.run(index, block, self.hidden[at].detach().requires_grad_(sensitive))
 
     @fast_products()
@@ -256,7 +259,7 @@ class BlockInputs:
     @fast_products()
     def advance_quantized(self, index: int, block: nn.Module) -> None:
         """Move the quantized model's hidden states on through its block."""
-        with _fast_linears(block):
+        with _fast_linears(block), fast_forward():
             for at, hidden in enumerate(self.quantized):
                 self.quantized[at] = self.run(index, block, hidden)
 
@@ -294,7 +297,7 @@ class BlockInputs:
             def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
                 (held_out if number in self.held_out else statistics)[name].add(args[0], slot)
                 if originals is not None and name not in originals.streams and self._is_whole(args[0], at):
-                    originals.inputs.setdefault(name, {})[at] = args[0].detach().bfloat16()
+                    originals.inputs.setdefault(name, {})[at] = args[0].detach().to(torch.bfloat16, copy=True)
 
             return hook
 
@@ -309,7 +312,7 @@ class BlockInputs:
 
         def differentiate(name: str) -> Any:
             def add(gradient: Tensor) -> None:
-                square = gradient.detach().reshape(-1, gradient.shape[-1]).square().sum(0)
+                square = gradient.detach().float().reshape(-1, gradient.shape[-1]).square().sum(0)
                 sums = squares[name].of_slot(slot)
                 if sums is None:
                     squares[name].begin([square])
@@ -390,7 +393,8 @@ class BlockInputs:
         def proceed(at: int, run: greenlet.greenlet, *args: Any) -> None:
             nonlocal running
             running = at
-            reached = run.switch(*args)
+            with fast_forward():
+                reached = run.switch(*args)
             if run.dead:
                 self.quantized[at] = reached
             else:

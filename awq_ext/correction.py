@@ -10,7 +10,7 @@ With t for what y w^T lacks of that, |y (v - w)^T - t|^2 + r |v - w|^2 is least 
 The second case, where t = (x - y) w^T, is that of GPTAQ (arXiv 2504.02692) and Qronos (arXiv 2505.11695).
 
 All of it would fit the calibration tokens too closely (as QEP says, arXiv 2504.09629), and every linear behind fits the
-same ones again. So tokens that are held out choose the ridge r, and how much of the solution is made.
+same ones again. So tokens that are held out say how much of the solution is made.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ RIDGE = 5.0
 codes are chosen, so that they suit more than the tokens that it is of. Of the factors tried, this one loses least on
 other tokens of the same text, for 3584 and 14336 tokens and for k = 576 and 1536 (linears of SmolLM2-135M)."""
 
-RIDGES = (1.0, 4.0)
-"""Ridges that are tried for a correction, as multiples of that."""
+TIMES = 2.0
+"""A correction has a ridge so many times as large."""
 
 SHARE = 0.5
 """How much of a correction is made if no tokens are held out that could tell."""
@@ -51,22 +51,15 @@ def corrected(
     missing, others = statistics.missing, held_out.missing
     if missing is None:
         return list(weights)
-    squares = None if added else sum(weight.T @ weight for weight in weights)
-    change, most = torch.zeros_like(missing), 0.0
-    for times in RIDGES:
-        factor, failed = torch.linalg.cholesky_ex(with_ridge(gram, statistics.tokens, times))
-        if failed:
-            continue
-        solution = torch.cholesky_solve(missing, factor)
-        if others is None:
-            change = SHARE * solution
-            break
+    factor, failed = torch.linalg.cholesky_ex(with_ridge(gram, statistics.tokens, TIMES))
+    if failed:
+        return list(weights)
+    change, share = torch.cholesky_solve(missing, factor), SHARE
+    if others is not None:
         # For tokens held out, |y s (v - w)^T - t|^2 is a parabola in the share s.
-        errors = solution if squares is None else solution @ squares
+        errors = change if added else change @ sum(weight.T @ weight for weight in weights)
         slope = float((errors * others).sum())
-        curvature = float((errors * (held_out.result("")[1] @ solution)).sum())
+        curvature = float((errors * (held_out.result("what is held out")[1] @ change)).sum())
         share = min(1.0, max(0.0, slope / curvature)) if curvature > 0 else 0.0
-        less = share * (2 * slope - share * curvature)
-        if less > most:
-            change, most = share * solution, less
+    change *= share
     return [weight + (change.T if added else weight @ change.T) for weight in weights]

@@ -57,7 +57,7 @@ namespace {
 constexpr std::int64_t kLanes = 16;  // rows in one vector
 constexpr std::int64_t kTiles = kCompensateRows / kLanes;
 static_assert(kTiles * kLanes == kCompensateRows);
-constexpr std::int64_t kBlock = 32;  // columns whose sums are held while they are rounded
+constexpr std::int64_t kRounded = 32;  // columns whose sums are held while they are rounded
 
 // Compilers split vectors that are longer than the instruction set's. Scratch need not be aligned.
 using Lanes = float __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
@@ -69,7 +69,7 @@ struct Tile {
   Lanes* d;       // [k], dequantized - w
   Lanes* ranked;  // [k], d in the order of the factor
   Lanes* code;    // [k], code - zero: whole numbers
-  Lanes* sum;     // [max(group, kBlock)]
+  Lanes* sum;     // [max(group, kRounded)]
   Lanes* scale;   // [groups]
   Lanes* zero;    // [groups]
   Lanes* first;   // [groups], the scales of rounding to nearest
@@ -128,8 +128,8 @@ AWQ_INLINE bool any_nonzero(const Lanes& x) {
 /// d G d^T of each row: products in float32, their sum in float64.
 AWQ_INLINE void row_losses(const CompensateArgs& a, const Tile& tile, Doubles& loss) {
   loss = Doubles{};
-  for (std::int64_t t = 0; t < a.k; t += kBlock) {
-    const std::int64_t count = std::min(kBlock, a.k - t);
+  for (std::int64_t t = 0; t < a.k; t += kRounded) {
+    const std::int64_t count = std::min(kRounded, a.k - t);
     clear(tile.sum, count);
     add_products(a.gram + t * a.k, a.k, count, tile.d, a.k, tile.sum);
     for (std::int64_t i = 0; i < count; ++i)
@@ -249,15 +249,15 @@ AWQ_INLINE std::int64_t compensate(const CompensateArgs& a, std::int64_t begin, 
   for (std::int64_t i = 0; i < tiles; ++i) {
     Tile& t = tile[i];
     for (Lanes** part : {&t.w, &t.d, &t.ranked, &t.code}) *part = next, next += a.k;
-    t.sum = next, next += std::max(a.group, kBlock);
+    t.sum = next, next += std::max(a.group, kRounded);
     for (Lanes** part : {&t.scale, &t.zero, &t.first}) *part = next, next += groups;
     const std::int64_t bad = read_tile(a, t, begin + i * kLanes, end);
     if (bad >= 0) return bad;
     round_to_nearest(a, t);
     row_losses(a, t, t.nearest);
   }
-  for (std::int64_t last = a.k; last > 0; last -= std::min(kBlock, last))
-    for (std::int64_t i = 0; i < tiles; ++i) compensate_block(a, tile[i], last - std::min(kBlock, last), last);
+  for (std::int64_t last = a.k; last > 0; last -= std::min(kRounded, last))
+    for (std::int64_t i = 0; i < tiles; ++i) compensate_block(a, tile[i], last - std::min(kRounded, last), last);
   for (std::int64_t pass = 0; pass < a.passes; ++pass)
     for (std::int64_t g = 0; g < groups; ++g)
       for (std::int64_t i = 0; i < tiles; ++i) descend_group(a, tile[i], g);
@@ -331,7 +331,7 @@ void factor_trailing(const Kernels& level, double* a, std::int64_t k, std::int64
 
 std::int64_t compensate_scratch_size(const CompensateArgs& a) {
   const std::int64_t groups = a.k / a.group;
-  return kTiles * kLanes * (4 * a.k + std::max(a.group, kBlock) + 3 * groups);
+  return kTiles * kLanes * (4 * a.k + std::max(a.group, kRounded) + 3 * groups);
 }
 
 std::int64_t compensate_rows(const Kernels& level, const CompensateArgs& a, std::int64_t begin, std::int64_t end,

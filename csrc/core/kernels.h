@@ -7,6 +7,7 @@
 #include "gram.h"
 #include "layout.h"
 #include "linear.h"
+#include "pack.h"
 #include "quantize.h"
 #include "types.h"
 
@@ -60,6 +61,7 @@ struct Kernels {
                         std::int64_t begin, std::int64_t end) noexcept;
   void (*repack_blocks)(const Codes& from, const Codes& to, const void* source, void* target, std::int64_t n,
                         std::int64_t k, std::int64_t begin, std::int64_t end) noexcept;
+  void (*dequantize_rows)(const DequantizeArgs& args, std::int64_t begin, std::int64_t end) noexcept;
 };
 
 /// k rounded up to whole panels: the row length of d.

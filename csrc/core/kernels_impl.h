@@ -378,6 +378,45 @@ void gram_add(const GramArgs& a, std::int64_t i, std::int64_t j) noexcept {
   gram_add_panels<false>(a, i, j);
 }
 
+// --- dequantize -----------------------------------------------------------------------------------------------------
+
+/// Columns i0 .. i1 of the row of the result whose codes are nibbles v of `words`, which are of one column of qweight.
+inline void dequantize_row(const DequantizeArgs& a, const std::uint32_t* words, int v, std::int64_t column,
+                           std::int64_t i0, std::int64_t i1) {
+  const std::int64_t row = column * kCodesPerWord + kOrder.column[v], word_cols = a.n / kCodesPerWord;
+  for (std::int64_t i = i0; i < i1;) {
+    const std::int64_t g = i / a.group, stop = smaller((g + 1) * a.group, i1);
+    const float scale = load_as<float>(a.scales, a.scale_type, g * a.n + row);
+    const std::uint32_t zero = a.qzeros == nullptr ? 8u : (a.qzeros[g * word_cols + column] >> (4 * v)) & 15u;
+    const Floats factor = broadcast(scale), shift = broadcast(static_cast<float>(zero));
+    for (; i + kLanes <= stop; i += kLanes)
+      store_as(a.w, a.w_type, row * a.k + i, (nibble(load_words(words + (i - i0), kLanes), v) - shift) * factor);
+    for (; i < stop; ++i) {
+      const float code = static_cast<float>((words[i - i0] >> (4 * v)) & 15u) - static_cast<float>(zero);
+      store_as(a.w, a.w_type, row * a.k + i, code * scale);
+    }
+  }
+}
+
+void dequantize_rows(const DequantizeArgs& a, std::int64_t begin, std::int64_t end) noexcept {
+  constexpr std::int64_t kInputs = 512;  // handled at a time: long enough stretches of each row of the result
+  constexpr std::int64_t kLine = 16;    // words in a cache line, whose rows may lie a power of two apart
+  const std::int64_t word_cols = a.n / kCodesPerWord, last = end / kCodesPerWord;
+  std::uint32_t lines[kInputs][kLine], words[kInputs];
+  for (std::int64_t first = begin / kCodesPerWord; first < last; first += kLine) {
+    const std::int64_t count = smaller(kLine, last - first);
+    for (std::int64_t i0 = 0; i0 < a.k; i0 += kInputs) {
+      const std::int64_t inputs = smaller(kInputs, a.k - i0);
+      for (std::int64_t i = 0; i < inputs; ++i)
+        std::memcpy(lines[i], a.qweight + (i0 + i) * word_cols + first, static_cast<std::size_t>(count) * 4);
+      for (std::int64_t c = 0; c < count; ++c) {
+        for (std::int64_t i = 0; i < inputs; ++i) words[i] = lines[i][c];
+        for (int v = 0; v < kCodesPerWord; ++v) dequantize_row(a, words, v, first + c, i0, i0 + inputs);
+      }
+    }
+  }
+}
+
 constexpr Kernels make_kernels(const char* name) {
   return {name,
           kStrip,
@@ -394,7 +433,8 @@ constexpr Kernels make_kernels(const char* name) {
           gram_add,
           pack_tiles,
           unpack_tiles,
-          repack_tiles};
+          repack_tiles,
+          dequantize_rows};
 }
 
 }  // namespace

@@ -25,6 +25,7 @@ typedef std::uint32_t Words __attribute__((vector_size(4 * kLanes), may_alias));
 typedef std::int32_t Ints __attribute__((vector_size(4 * kLanes), may_alias));
 typedef std::uint64_t Longs __attribute__((vector_size(4 * kLanes), may_alias));
 typedef std::uint16_t Shorts __attribute__((vector_size(4 * kLanes), may_alias));
+typedef std::uint16_t HalfWords __attribute__((vector_size(2 * kLanes), may_alias));
 typedef std::uint8_t HalfBytes __attribute__((vector_size(2 * kLanes), may_alias));
 
 // The same at any address. Only for access: as types of variables they lead clang to use aligned instructions on them.
@@ -58,6 +59,27 @@ inline Floats fma(Floats a, Floats b, Floats c) {
 inline Words round_to_bfloat(Words bits) {
   const Words nearest = bits + 0x7fffu + ((bits >> 16) & 1u), quiet = bits | 0x400000u;
   return (reinterpret_cast<Ints>(bits & 0x7fffffffu) > 0x7f800000 ? quiet : nearest) & 0xffff0000u;
+}
+
+/// Elements i .. i + kLanes of an array of type t, as `store_as` of types.h writes one.
+inline void store_as(void* data, DType t, std::int64_t i, Floats v) {
+  if (t == DType::f32) {
+    store(static_cast<float*>(data) + i, v);
+    return;
+  }
+  if (t == DType::bf16) {
+    const auto halves = __builtin_convertvector(round_to_bfloat(reinterpret_cast<Words>(v)) >> 16, HalfWords);
+    std::memcpy(static_cast<std::uint16_t*>(data) + i, &halves, sizeof halves);
+    return;
+  }
+#if defined(__AVX512F__)
+  if (t == DType::f16 && _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q) == 0) {  // NaNs would keep more of their bits
+    const __m256i halves = _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    std::memcpy(static_cast<std::uint16_t*>(data) + i, &halves, sizeof halves);
+    return;
+  }
+#endif
+  for (int lane = 0; lane < kLanes; ++lane) awq::core::store_as(data, t, i + lane, static_cast<float>(v[lane]));
 }
 
 /// Nibble i of every word, as float.
