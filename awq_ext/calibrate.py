@@ -123,7 +123,8 @@ BATCH = 2
 """Rows that are run together, if they are of one length."""
 
 HELD_OUT = 8
-"""The last of every so many batches is held out: nothing is chosen by it, and it has to confirm what was chosen."""
+"""The last of every so many batches is held out: it has to confirm what was chosen by the others. By it alone is chosen
+how much of a correction is made (``correction.py``): one number for each set of linears that read the same."""
 
 SENSITIVITY_TOKENS = 4096
 """The first batches with so many tokens show how sensitive a block is: an average over them has long settled."""

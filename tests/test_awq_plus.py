@@ -363,6 +363,33 @@ def test_linears_that_are_called_twice_are_not_taken_for_added() -> None:
     assert adders(mixture_inputs(5), 0, block, linears_of(block)) == []
 
 
+class Sparse(nn.Module):
+    """Attention's end, then two experts, each for the tokens that a router sends there, and one for all of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.o, self.experts, self.shared = nn.Linear(8, 8), nn.ModuleList([nn.Linear(8, 8)] * 2), nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor, **_: object) -> torch.Tensor:
+        x = x + self.o(x.tanh())
+        chosen = x.sum(-1) > 0
+        routed = torch.zeros_like(x)
+        for expert, token in zip(self.experts, (chosen, ~chosen), strict=True):
+            routed[token] = expert(x[token])
+        return x + routed + self.shared(x)
+
+
+@torch.no_grad()
+def test_what_a_router_sends_elsewhere_is_not_taken_for_added() -> None:
+    torch.manual_seed(0)
+    block = Sparse()
+    block.experts[1] = nn.Linear(8, 8)
+    inputs = mixture_inputs(9)
+    inputs.hidden = list(inputs.quantized)
+    assert adders(inputs, 0, block, linears_of(block)) == ["o"]
+    assert all("forward" not in vars(module) for module in block.modules())
+
+
 @torch.no_grad()
 def test_hidden_states_lack_what_all_before_has_lost() -> None:
     """`missing` of the linears that are added, against hidden states taken at the norms of the two models."""
