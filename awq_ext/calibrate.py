@@ -6,7 +6,6 @@ import inspect
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
 from typing import Any
 
 import greenlet
@@ -24,17 +23,19 @@ from awq_ext.ranks import ALONE, Ranks, SlotSum, generator
 class Statistics:
     """Of the input x [tokens, k] of a linear: the mean of |x| [k] and the mean of x^T x [k, k], both float32.
 
-    ``ranks``: the processes that take them together; None: this one alone.
+    ``ranks``: the processes that take them together; None: this one alone. ``inputs`` is for who wants to keep the
+    inputs themselves, by batch.
     """
 
     def __init__(self, ranks: Ranks | None = None) -> None:
         self._sums = SlotSum(ranks or ALONE)
+        self.inputs: dict[int, Tensor] = {}
 
-    def add(self, x: Tensor, slot: int = 0, missing: Tensor | None = None) -> None:
+    def add(self, x: Tensor, slot: int = 0, original: Tensor | None = None) -> None:
         """Count in the inputs [..., k] of a batch. Batches come in the order of their slots.
 
-        ``missing`` [..., m]: something else of the same tokens, for `missing`; given for all batches or for none.
-        Factors of the products are rounded to bfloat16 if that is faster (``precision.py``).
+        ``original`` [..., k]: what the linear reads in the original model for the same tokens, for `drift`; given for
+        all batches or for none. Factors of the products are rounded to bfloat16 if that is faster (``precision.py``).
         """
         given = x.detach().reshape(-1, x.shape[-1])
         if not len(given):
@@ -44,8 +45,8 @@ class Statistics:
         if sums is None:
             k = rows.shape[1]
             sums = [torch.zeros((), dtype=torch.float64), rows.new_zeros(k), rows.new_zeros(k, k)]
-            if missing is not None:
-                sums.append(rows.new_zeros(k, missing.shape[-1]))
+            if original is not None:
+                sums.append(rows.new_zeros(k, k))
             self._sums.begin(sums)
         sums[0] += len(rows)
         sums[1] += torch.linalg.vector_norm(rows, 1, 0)
@@ -53,9 +54,9 @@ class Statistics:
             ops.add_gram(sums[2], rows, bfloat16=bfloat16_is_faster())
         else:
             sums[2].addmm_(rows.T, rows)
-        if missing is not None:
+        if original is not None:
             fast = fast_dtype(rows)
-            sums[3] += given.to(fast).T @ missing.flatten(0, -2).to(fast)
+            sums[3] += given.to(fast).T @ (original.reshape(rows.shape) - rows).to(fast)
 
     @property
     def tokens(self) -> int:
@@ -77,54 +78,17 @@ class Statistics:
         return x_mean, gram
 
     @property
-    def missing(self) -> Tensor | None:
-        """The mean of x^T missing, float32 [k, m] on the CPU; None if that was not given."""
+    def drift(self) -> Tensor | None:
+        """The mean of x^T (original - x), float32 [k, k] on the CPU; None if the originals were not given."""
         total = self._sums.total
         return None if total is None or len(total) == 3 else total[3] / int(total[0])
-
-
-@dataclass
-class Originals:
-    """What the original model computes in a block, kept for the time when the quantized one gets there, by batch.
-
-    ``inputs``: of linears that read one vector for every token, what they read, in 16 bits; ``scales``, what that is to
-    be divided by now. ``streams``: of linears whose output is added to the hidden states (`awq_ext.topology.adders`),
-    these with it, float32.
-    """
-
-    streams: dict[str, dict[int, Tensor]]
-    inputs: dict[str, dict[int, Tensor]] = field(default_factory=dict)
-    scales: dict[str, Tensor] = field(default_factory=dict)
-
-    def has(self, name: str, batches: Iterable[int]) -> bool:
-        of_linear = self.streams.get(name) or self.inputs.get(name, {})
-        return all(at in of_linear for at in batches)
-
-    def forget(self, names: Iterable[str]) -> None:
-        """What is kept for these linears is not needed any more."""
-        for name in names:
-            self.inputs.pop(name, None)
-            if name in self.streams:
-                self.streams[name].clear()
-
-    def missing(self, name: str, at: int, read: Tensor, stream: Tensor, multiply: Callable[[Tensor], Tensor]) -> Tensor:
-        """What a batch lacks at a linear that reads ``read`` [..., k] in the quantized model.
-
-        ``multiply`` is what it computes before it is quantized. If its output is added to the hidden states ``stream``,
-        [..., n], what that lacks for them to become those of the original; else [..., k], what ``read`` is short of the
-        original's.
-        """
-        if name in self.streams:
-            return self.streams[name][at] - stream - multiply(read)
-        return (self.inputs[name][at] / self.scales[name].to(read.device)).reshape(read.shape) - read
 
 
 BATCH = 2
 """Rows that are run together, if they are of one length."""
 
 HELD_OUT = 8
-"""The last of every so many batches is held out: it has to confirm what was chosen by the others. By it alone is chosen
-how much of a correction is made (``correction.py``): one number for each set of linears that read the same."""
+"""The last of every so many batches is held out: nothing is chosen by it, and it has to confirm what was chosen."""
 
 SENSITIVITY_TOKENS = 4096
 """The first batches with so many tokens show how sensitive a block is: an average over them has long settled."""
@@ -235,34 +199,34 @@ class BlockInputs:
         args, kwargs = self._arguments[hidden.shape[:2]][index]
         return block(hidden, *args, **kwargs)
 
-    def run(self, index: int, block: nn.Module, hidden: Tensor) -> Tensor:
+    def _call(self, index: int, block: nn.Module, hidden: Tensor) -> Tensor:
         """The hidden states behind the block, float32."""
         out = self.call(index, block, hidden)
         states: Tensor = out[0] if isinstance(out, tuple) else out
         return states.float()
 
-    def _run_original(self, index: int, block: nn.Module, at: int) -> Tensor:
+    def _run(self, index: int, block: nn.Module, at: int) -> Tensor:
         """The output of the original's block for one batch: of the sensitive ones, with its graph.
 
         It is always made for these, whether used or not, because the last bits may depend on it.
         """
         sensitive = self.places[at][0] in self._sensitive
         with torch.set_grad_enabled(sensitive), fast_forward():
-            return self.run(index, block, self.hidden[at].detach().requires_grad_(sensitive))
+            return self._call(index, block, self.hidden[at].detach().requires_grad_(sensitive))
 
     @fast_products()
     def advance(self, index: int, block: nn.Module) -> None:
         """Move the original model's hidden states on through its block."""
         with _fast_linears(block):
             for at in range(len(self.hidden)):
-                self.hidden[at] = self._run_original(index, block, at).detach()
+                self.hidden[at] = self._run(index, block, at).detach()
 
     @fast_products()
     def advance_quantized(self, index: int, block: nn.Module) -> None:
         """Move the quantized model's hidden states on through its block."""
         with _fast_linears(block), fast_forward():
             for at, hidden in enumerate(self.quantized):
-                self.quantized[at] = self.run(index, block, hidden)
+                self.quantized[at] = self._call(index, block, hidden)
 
     @fast_products()
     def collect(
@@ -273,7 +237,7 @@ class BlockInputs:
         linears: Mapping[str, nn.Linear] | None = None,
         seed: int = 0,
         *,
-        originals: Originals | None = None,
+        keep: bool = False,
     ) -> tuple[dict[str, Statistics], dict[str, Statistics], dict[str, Tensor]]:
         """Move the original model's hidden states on through its block, and look at what happens in it.
 
@@ -286,28 +250,20 @@ class BlockInputs:
         estimator). So a search that weighs rows by it minimises the error of the block and not of its linears one by
         one. The signs depend on ``seed``, the block and the batch.
 
-        ``originals`` gets what is to be compared with the quantized model.
+        ``keep``: the statistics of what is not held out keep their ``inputs``, in 16 bits, of modules that read one
+        vector for every token.
         """
         statistics = {name: Statistics(self.ranks) for name in watched}
         held_out = {name: Statistics(self.ranks) for name in watched}
         squares = {name: SlotSum(self.ranks) for name in linears or ()}
         at = number = slot = 0
-        stream = self.hidden[0]
 
         def watch(name: str) -> Any:
             def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
-                (held_out if number in self.held_out else statistics)[name].add(args[0], slot)
-                if originals is not None and name not in originals.streams and self._is_whole(args[0], at):
-                    originals.inputs.setdefault(name, {})[at] = args[0].detach().to(torch.bfloat16, copy=True)
-
-            return hook
-
-        def follow(name: str) -> Any:
-            def hook(_: nn.Module, __: tuple[Any, ...], output: Tensor) -> None:
-                nonlocal stream
-                stream = stream + output.detach()
-                assert originals is not None
-                originals.streams[name][at] = stream
+                counted = (held_out if number in self.held_out else statistics)[name]
+                counted.add(args[0], slot)
+                if keep and number not in self.held_out and self._is_whole(args[0], at):
+                    counted.inputs[at] = args[0].detach().to(torch.bfloat16, copy=True)
 
             return hook
 
@@ -331,11 +287,8 @@ class BlockInputs:
                 hooks.callback(module.register_forward_pre_hook(watch(name)).remove)
             for name, linear in (linears or {}).items():
                 hooks.callback(linear.register_forward_hook(differentiate(name)).remove)
-            for name in originals.streams if originals is not None else ():
-                hooks.callback(block.get_submodule(name).register_forward_hook(follow(name)).remove)
             for at, (number, slot) in enumerate(self.places):  # noqa: B007 (the hooks read them)
-                stream = self.hidden[at]
-                output = self._run_original(index, block, at)
+                output = self._run(index, block, at)
                 if output.requires_grad and linears:
                     signs = torch.randint(0, 2, output.shape, generator=generator(seed, index, number))
                     output.backward(signs.to(output) * 2 - 1)
@@ -351,22 +304,56 @@ class BlockInputs:
         """Whether the input [..., k] of a linear has a row for every token of a batch; experts get some of them."""
         return input.shape[:-1].numel() == self.ids[at].numel()
 
+    def reading_order(self, index: int, block: nn.Module, linears: Mapping[str, nn.Module]) -> list[list[str]]:
+        """The names of the linears in the order in which the block calls them, those that read the same in one list.
+
+        Looked at on the first batch. Linears that are not called there (experts that get no token) come behind the one
+        that is in front of them in ``linears``.
+        """
+        calls: list[tuple[Tensor, list[str]]] = []  # the tensor is kept, so that no other one can take its place
+
+        def watch(name: str) -> Any:
+            def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
+                if any(name in names for _, names in calls):
+                    return
+                names = next((names for read, names in calls if read is args[0]), None)
+                if names is None:
+                    calls.append((args[0], [name]))
+                else:
+                    names.append(name)
+
+            return hook
+
+        with ExitStack() as hooks:
+            for name, linear in linears.items():
+                hooks.callback(linear.register_forward_pre_hook(watch(name)).remove)
+            self._call(index, block, self.hidden[0])
+        order = [names for _, names in calls]
+        before = -1
+        for name in linears:
+            place = next((i for i, names in enumerate(order) if name in names), None)
+            if place is None:
+                order.insert(before + 1, [name])
+            before = before + 1 if place is None else place
+        return order
+
     @fast_products()
     def quantize_in_turn(
         self,
         index: int,
         block: nn.Module,
-        linears: Mapping[str, nn.Linear],
+        linears: Mapping[str, nn.Module],
         order: Sequence[Sequence[str]],
-        quantize: Callable[[Sequence[str], Statistics, Statistics], Mapping[str, nn.Module]],
-        originals: Originals | None = None,
+        quantize: Callable[[Sequence[str], Statistics], Mapping[str, nn.Module]],
+        original: Callable[[str], tuple[Mapping[int, Tensor], Tensor]] = lambda name: ({}, torch.ones(())),
     ) -> dict[str, nn.Module]:
         """Move the quantized model's hidden states on through its block, while its linears are quantized one by one.
 
-        ``quantize(names, statistics, held_out)`` returns what stands in for the linears ``names``, which are one list
-        of ``order``, given the statistics of what they read when all that is called before them is quantized, and the
-        same of the batches held out. Returns what it returned for all of them. It is not called for linears that no
-        token reaches. If ``originals`` has all batches, the statistics tell what is ``missing`` (`Originals.missing`).
+        ``quantize(names, statistics)`` returns what stands in for the linears ``names``, which are one list of
+        ``order``, given the statistics of what they read when all that is called before them is quantized, batches held
+        out left out. Returns what it returned for all of them. It is not called for linears that no token reaches.
+        ``original(name)``: what a linear reads in the original model, by batch, and what that is to be divided by. If
+        it is known for all batches, the statistics have a `drift`.
 
         Every batch runs the block once, as a coroutine (greenlet) that stops at each linear until that is quantized.
         Of the linears at which batches wait, the one that comes first in ``order`` is taken. A batch that comes to a
@@ -376,24 +363,17 @@ class BlockInputs:
         done: dict[str, nn.Module] = {}
         forwards: dict[str, Callable[[Tensor], Tensor]] = {}
         waiting: dict[int, tuple[int, Tensor]] = {}  # at: turn, what the linear is to read
-        streams = list(self.quantized)
         here = greenlet.getcurrent()
-        running = 0
 
         def stand_in(name: str) -> Any:
             def run(input: Tensor) -> Tensor:
                 if name not in forwards:
                     here.switch(name, input)
-                output = forwards[name](input)
-                if originals is not None and name in originals.streams:
-                    streams[running] = streams[running] + output
-                return output
+                return forwards[name](input)
 
             return run
 
         def proceed(at: int, run: greenlet.greenlet, *args: Any) -> None:
-            nonlocal running
-            running = at
             with fast_forward():
                 reached = run.switch(*args)
             if run.dead:
@@ -402,34 +382,27 @@ class BlockInputs:
                 name, read = reached
                 waiting[at] = turn[name], read
 
-        def known(names: Sequence[str], ready: Sequence[int]) -> bool:
-            whole = all(self._is_whole(waiting[at][1], at) for at in ready)
-            return originals is not None and whole and originals.has(names[0], ready)
-
         with _fast_linears(block), ExitStack() as restored:
             for name, linear in linears.items():
                 restored.enter_context(forward_replaced(linear, stand_in(name)))
-            runs = [greenlet.greenlet(self.run) for _ in self.quantized]
+            runs = [greenlet.greenlet(self._call) for _ in self.quantized]
             for at, run in enumerate(runs):
                 proceed(at, run, index, block, self.quantized[at])
             while True:
                 first = self.ranks.least(min((t for t, _ in waiting.values()), default=len(order)))
                 if first == len(order):
                     return done
-                ready, names = [at for at in sorted(waiting) if waiting[at][0] == first], order[first]
-                comparable = self.ranks.least(int(known(names, ready))) == 1
-                multiply = _fast_forward(linears[names[0]])
-                statistics = {False: Statistics(self.ranks), True: Statistics(self.ranks)}
-                for at in ready:
-                    (number, slot), read, missing = self.places[at], waiting[at][1], None
-                    if comparable:
-                        assert originals is not None
-                        missing = originals.missing(names[0], at, read, streams[at], multiply)
-                    statistics[number in self.held_out].add(read, slot, missing)
-                done.update(quantize(names, statistics[False], statistics[True]))
-                if originals is not None:
-                    originals.forget(names)
-                forwards.update({name: _fast_forward(done[name]) for name in names})
+                statistics = Statistics(self.ranks)
+                ready = [at for at in sorted(waiting) if waiting[at][0] == first]
+                counted = [at for at in ready if self.places[at][0] not in self.held_out]
+                kept, scale = original(order[first][0])
+                known = all(at in kept and self._is_whole(waiting[at][1], at) for at in counted)
+                known = self.ranks.least(int(known)) == 1
+                for at in counted:
+                    other = kept[at].float() / scale.to(kept[at].device) if known else None
+                    statistics.add(waiting[at][1], self.places[at][1], other)
+                done.update(quantize(order[first], statistics))
+                forwards.update({name: _fast_forward(done[name]) for name in order[first]})
                 for at in ready:
                     del waiting[at]
                     proceed(at, runs[at])

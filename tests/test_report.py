@@ -13,7 +13,7 @@ import torch
 from architectures import ids, small_model
 from torch import Tensor, nn
 
-from awq_ext import correction, measure, ops, quantize
+from awq_ext import block, measure, ops, quantize
 from awq_ext.calibrate import BATCH, HELD_OUT
 from awq_ext.measure import Codes, Measured, dequantize
 from awq_ext.report import FoldReport, LinearReport, Loss, Report, UnscaledReport
@@ -202,11 +202,11 @@ def test_codes_chosen_together_are_told_apart_from_the_nearest() -> None:
 def test_codes_suit_tokens_that_they_are_not_chosen_on(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few tokens for the linears' inputs: fitted to these alone, the codes would lose more on others."""
     losses = {}
-    for ridge in (0.0, correction.RIDGE):
-        monkeypatch.setattr(correction, "RIDGE", ridge)
+    for ridge in (0.0, block.RIDGE):
+        monkeypatch.setattr(block, "RIDGE", ridge)
         linears = quantize(small_model("llama"), method="awq+", **{**ROWS, "seq_len": 6}).awq_report.quantized
         losses[ridge] = [sum(getattr(x.final, which) for x in linears) for which in ("calibration", "held_out")]
-    assert losses[correction.RIDGE][0] > losses[0.0][0] and losses[correction.RIDGE][1] < 0.9 * losses[0.0][1], losses
+    assert losses[block.RIDGE][0] > losses[0.0][0] and losses[block.RIDGE][1] < 0.9 * losses[0.0][1], losses
 
 
 def test_a_scale_that_held_out_tokens_do_not_confirm_is_not_used() -> None:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import awq_ext
-from awq_ext import AwqLinear, block, correction, load_quantized, ops, quantize, windows
+from awq_ext import AwqLinear, block, load_quantized, ops, quantize, windows
 from awq_ext.calibrate import BlockInputs, Statistics
 from awq_ext.fold import Fold, divide_norm
 from awq_ext.measure import dequantize
@@ -114,7 +114,7 @@ def seen_grams(model: nn.Module, monkeypatch: pytest.MonkeyPatch, method: str) -
 
     original = ops.quantize_compensated
     monkeypatch.setattr(ops, "quantize_compensated", compensated)
-    monkeypatch.setattr(correction, "RIDGE", 0.0)
+    monkeypatch.setattr(block, "RIDGE", 0.0)
     return run(model, method=method, samples=4), grams
 
 
