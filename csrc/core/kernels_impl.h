@@ -400,7 +400,7 @@ inline void dequantize_row(const DequantizeArgs& a, const std::uint32_t* words, 
 
 void dequantize_rows(const DequantizeArgs& a, std::int64_t begin, std::int64_t end) noexcept {
   constexpr std::int64_t kInputs = 512;  // handled at a time: long enough stretches of each row of the result
-  constexpr std::int64_t kLine = 16;    // words in a cache line, whose rows may lie a power of two apart
+  constexpr std::int64_t kLine = 16;     // words in a cache line, whose rows may lie a power of two apart
   const std::int64_t word_cols = a.n / kCodesPerWord, last = end / kCodesPerWord;
   std::uint32_t lines[kInputs][kLine], words[kInputs];
   for (std::int64_t first = begin / kCodesPerWord; first < last; first += kLine) {
