@@ -101,7 +101,7 @@ class BlockQuantizer:
     def quantize(self, index: int, block: nn.Module, prefix: str, names: Collection[str]) -> BlockReport:
         """Quantize the linears ``names`` of a block that the model has under ``prefix``, and move the inputs on.
 
-        All is computed in float32; what stays unquantized goes back to its own dtype.
+        Weights, hidden states and sums are float32; what stays unquantized goes back to its own dtype.
         """
         return _Work(self, index, block, prefix, names).run()
 

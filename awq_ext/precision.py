@@ -1,4 +1,4 @@
-"""Products of calibration in bfloat16, on a CPU that multiplies such numbers.
+"""Forward passes and products of calibration in bfloat16, on a CPU that multiplies such numbers.
 
 Forward passes over the calibration data are most of a quantization's time, and a statistic over thousands of tokens, or
 a gradient, does not need the 24 bits of float32. Where a precision has been chosen with

@@ -130,9 +130,9 @@ def quantize(
             to be resumed of other settings; or what :func:`awq_ext.save_quantized` raises.
         ValueError: arguments that make no sense; a number of processes that does not divide 8.
 
-    Weights are searched and rounded in float32 whatever their dtype, one block at a time. The blocks are run with
-    torch's own matrix products, whose factors are rounded to bfloat16 where that is faster (:mod:`awq_ext.precision`):
-    the last bits of statistics, and rarely a choice between equals, may depend on its threads.
+    Weights are searched and rounded in float32 whatever their dtype, one block at a time. The blocks are run by
+    torch, where that is faster in bfloat16 as its autocast does (:mod:`awq_ext.precision`): the last bits of
+    statistics, and rarely a choice between equals, may depend on its threads.
 
     If torch.distributed is initialised, all its processes call this with the same arguments and share the calibration
     rows; every one gets the same model, whose bytes do not depend on their number, and rank 0 writes ``out``.
