@@ -21,6 +21,7 @@ Axis = Literal["out_features", "in_features"]
 
 FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}  # of scales, by safetensors' names
 SYMMETRIC_ZERO = 8
+STRIP_COLUMNS = 32  # out_features side by side in layout strips
 # How far -scaled_zero / scale may be from a whole number up to 15: once rounded, the scaled zero is off by half a unit
 # in the last place. Twice that leaves room for a file whose scales and scaled zeros were cast apart.
 WHOLE = {torch.float16: 15 / 2**10, torch.bfloat16: 15 / 2**7, torch.float32: 15 / 2**23}
@@ -94,7 +95,7 @@ class Layout:
     zeros_optional: bool
     scales_outer: Axis
     groups_padded: bool
-    scales_permuted: bool
+    scales_order: Literal["natural", "marlin", "strips"]
     weight_name: str
     zeros_name: str
     scales_name: str
@@ -114,7 +115,7 @@ class Layout:
             return f"out_features {n} is not a multiple of {self.zero_words.tile[0]}, as zeros of {self.name} need"
         if self.groups_padded and self.groups(k, g) == 0:
             return f"layout {self.name} is not defined for a group_size below 32, got {g}"
-        if self.scales_permuted and n % 64:
+        if self.scales_order == "marlin" and n % 64:
             return f"out_features {n} is not a multiple of 64, as scales of layout {self.name} need"
         return None
 
@@ -149,7 +150,13 @@ class Layout:
 
 @functools.cache
 def layouts() -> dict[str, Layout]:
-    """Every layout by its name. Raises LibraryError if ``_native`` is missing."""
+    """Every layout of files by its name. Raises LibraryError if ``_native`` is missing."""
+    return {name: layout for name, layout in every_layout().items() if layout.weight_name}
+
+
+@functools.cache
+def every_layout() -> dict[str, Layout]:
+    """:func:`layouts` and those that operators know in memory only, whose tensors have no names."""
     table: dict[str, Layout] = {}
     for entry in _library.native().layouts():
         values = {f.name: entry[f.name] for f in fields(Layout)}
@@ -167,10 +174,26 @@ def _codes(name: str, entry: Mapping[str, Any]) -> Codes:
 @functools.cache
 def find_codes(name: str) -> Codes | None:
     """What an operator means by ``name``: "<layout>" or "<layout>.zeros"; None if it knows no such name."""
-    layout = layouts().get(name.removesuffix(".zeros"))
+    layout = every_layout().get(name.removesuffix(".zeros"))
     if layout is None:
         return None
     return layout.zero_words if name.endswith(".zeros") else layout.weight
+
+
+# --- strips ----------------------------------------------------------------------------------------------------------
+
+
+def scales_to_strips(scales: Tensor) -> Tensor:
+    """Scales [G, n] as layout gemm has them -> the same elements in the order that layout strips has them, [G, n]."""
+    return torch.cat([strip.flatten() for strip in scales.split(STRIP_COLUMNS, dim=1)]).view(scales.shape)
+
+
+def scales_from_strips(scales: Tensor) -> Tensor:
+    """The inverse of :func:`scales_to_strips`."""
+    groups, n = scales.shape
+    widths = [min(STRIP_COLUMNS, n - first) for first in range(0, n, STRIP_COLUMNS)]
+    strips = scales.flatten().split([groups * width for width in widths])
+    return torch.cat([strip.view(groups, width) for strip, width in zip(strips, widths, strict=True)], dim=1)
 
 
 # --- scales and zeros ------------------------------------------------------------------------------------------------
@@ -198,7 +221,7 @@ def read_scales(layout: Layout, stored: Mapping[str, Tensor], n: int, k: int, g:
     """The scales of :func:`read_groups`."""
     groups = k // g
     scales = used_groups(layout, stored[layout.scales_name], groups)
-    if layout.scales_permuted:
+    if layout.scales_order == "marlin":
         straight = torch.empty_like(scales)
         straight[_marlin_channels(n, groups == 1)] = scales
         scales = straight
@@ -241,7 +264,7 @@ def write_groups(layout: Layout, groups: Groups, k: int, g: int, where: str) -> 
     scales, zeros = groups.scales, groups.zeros
     n, count = scales.shape
     room = layout.groups(k, g)
-    matrix = scales[_marlin_channels(n, count == 1)] if layout.scales_permuted else scales
+    matrix = scales[_marlin_channels(n, count == 1)] if layout.scales_order == "marlin" else scales
     written = {layout.scales_name: _padded(matrix, room, layout)}
     if layout.zeros == "none":
         _refuse(

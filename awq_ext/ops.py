@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from awq_ext import _library
-from awq_ext.layouts import Codes, find_codes, layouts
+from awq_ext.layouts import Codes, every_layout, find_codes
 
 _library.load()  # the package is importable without its libraries (see __init__), this module is not
 
@@ -582,7 +582,7 @@ def _codes(op: str, layout: str) -> Codes:
     torch._check(
         codes is not None,
         lambda: (
-            f"awq_ext::{op}: unknown layout '{layout}', expected one of {', '.join(layouts())}, "
+            f"awq_ext::{op}: unknown layout '{layout}', expected one of {', '.join(every_layout())}, "
             "or '<layout>.zeros' where zeros are packed"
         ),
     )

@@ -20,7 +20,7 @@ struct WordShape {
 };
 
 /// Order of the codes in a tile.
-enum class Order : std::uint8_t { natural, awq, fast, marlin };
+enum class Order : std::uint8_t { natural, awq, fast, marlin, strips, strip_zeros };
 
 inline constexpr std::array<std::uint8_t, 8> kAwqOrder{0, 2, 4, 6, 1, 3, 5, 7};
 inline constexpr int kCodesPerWord = 8;  // in 32 bits
@@ -67,6 +67,10 @@ AWQ_HOST_DEVICE constexpr CodeShape code_in_tile(const Codes& codes, int place) 
       const int thread = place / 32, block = place / 8 % 4, i = awq_order(place % 8);
       return {block * 16 + thread / 4 + i / 4 * 8, thread % 4 * 2 + i % 2 + i % 4 / 2 * 8};
     }
+    // Vector instructions split bytes into lower and upper nibbles. A word is a column; its bytes' lower nibbles are
+    // four neighbours along k, the upper ones the next four.
+    case Order::strips: return {place / 8, place % 8 / 2 + place % 2 * 4};
+    case Order::strip_zeros: return {place / 2 + place % 2 * 16, 0};
     default: return {place / codes.tile_k, place % codes.tile_k};
   }
 }
@@ -79,17 +83,26 @@ enum class Zeros : std::uint8_t {
   scaled,          // -(scale * zero), as a float beside the scale
 };
 
+/// What stands where in scales.
+enum class ScaleOrder : std::uint8_t {
+  natural,
+  marlin,  // the columns are permuted, see marlin_scale
+  strips,  // [groups, n] elements, but strip after strip, see strip_scale
+};
+
 struct Layout {
   std::string_view name;
   Codes weight;
   Zeros zeros;
-  Codes zero_words;      // if zeros are codes in words
-  bool zeros_optional;   // without the tensor every zero is 8
-  Axis scales_outer;     // k: scales are [groups, n]; n: they are [n, groups]
-  bool groups_padded;    // the number of groups is padded, see padded_groups
-  bool scales_permuted;  // the columns of scales are permuted, see marlin_scale
+  Codes zero_words;     // if zeros are codes in words
+  bool zeros_optional;  // without the tensor every zero is 8
+  Axis scales_outer;    // k: scales are [groups, n]; n: they are [n, groups]
+  bool groups_padded;   // the number of groups is padded, see padded_groups
+  ScaleOrder scales_order;
   std::string_view weight_name, zeros_name, scales_name, extra_name;  // of the tensors, behind "<linear>."; or empty
   std::string_view source;
+
+  constexpr bool in_files() const { return !weight_name.empty(); }  // else in memory only
 };
 
 inline constexpr Codes kAlongN{Order::awq, Axis::k, 8, 1, 32, false};
@@ -100,27 +113,32 @@ inline constexpr Codes kGptq{Order::natural, Axis::k, 1, 8, 32, false};
 inline constexpr Codes kFast{Order::fast, Axis::n, 4, 64, 16, false};
 inline constexpr Codes kMarlin{Order::marlin, Axis::k, 64, 16, 32, false};
 inline constexpr Codes kDownN{Order::natural, Axis::n, 8, 1, 32, true};
+inline constexpr Codes kStrips{Order::strips, Axis::n, 32, 8, 32, true};
+inline constexpr Codes kStripZeros{Order::strip_zeros, Axis::n, 32, 1, 32, true};
 inline constexpr Codes kNoWords{Order::natural, Axis::n, 1, 8, 32, false};
 
-inline constexpr std::array<Layout, 8> kLayouts{{
-    // name, weight, zeros, zero_words, optional, scales_outer, padded, permuted, names of weight, zeros, scales, extra
-    {"gemm", kAlongN, Zeros::words, kAlongN, false, Axis::k, false, false, "qweight", "qzeros", "scales", "",
-     "AutoAWQ awq/modules/linear/gemm.py"},
-    {"gemv", kAlongK, Zeros::words, kAlongKPadded, false, Axis::n, true, false, "qweight", "qzeros", "scales", "",
-     "AutoAWQ awq/modules/linear/gemv.py, llm-awq v1"},
-    {"gemv_fast", kFast, Zeros::scaled, kNoWords, false, Axis::k, true, false, "qweight", "qzeros", "scales", "",
-     "AutoAWQ awq/modules/linear/gemv_fast.py"},
-    {"llm-awq", kFast, Zeros::scaled, kNoWords, false, Axis::k, true, false, "qweight", "scaled_zeros", "scales", "",
-     "llm-awq awq/quantize/qmodule.py (v2)"},
-    {"marlin", kMarlin, Zeros::none, kNoWords, false, Axis::k, false, true, "qweight", "", "scales", "",
+inline constexpr std::array<Layout, 9> kLayouts{{
+    // name, weight, zeros, zero_words, optional, scales_outer, padded, scales_order,
+    // names of weight, zeros, scales, extra
+    {"gemm", kAlongN, Zeros::words, kAlongN, false, Axis::k, false, ScaleOrder::natural, "qweight", "qzeros", "scales",
+     "", "AutoAWQ awq/modules/linear/gemm.py"},
+    {"gemv", kAlongK, Zeros::words, kAlongKPadded, false, Axis::n, true, ScaleOrder::natural, "qweight", "qzeros",
+     "scales", "", "AutoAWQ awq/modules/linear/gemv.py, llm-awq v1"},
+    {"gemv_fast", kFast, Zeros::scaled, kNoWords, false, Axis::k, true, ScaleOrder::natural, "qweight", "qzeros",
+     "scales", "", "AutoAWQ awq/modules/linear/gemv_fast.py"},
+    {"llm-awq", kFast, Zeros::scaled, kNoWords, false, Axis::k, true, ScaleOrder::natural, "qweight", "scaled_zeros",
+     "scales", "", "llm-awq awq/quantize/qmodule.py (v2)"},
+    {"marlin", kMarlin, Zeros::none, kNoWords, false, Axis::k, false, ScaleOrder::marlin, "qweight", "", "scales", "",
      "AutoAWQ awq/modules/linear/marlin.py"},
-    {"gptq", kGptq, Zeros::words_less_one, kAlongNNatural, false, Axis::k, false, false, "qweight", "qzeros", "scales",
-     "g_idx", "AutoGPTQ auto_gptq/nn_modules/qlinear/qlinear_cuda.py"},
-    {"gptq_v2", kGptq, Zeros::words, kAlongNNatural, false, Axis::k, false, false, "qweight", "qzeros", "scales",
-     "g_idx", "GPTQModel gptqmodel/utils/model.py"},
-    {"compressed-tensors", kAlongKPadded, Zeros::words, kDownN, true, Axis::n, false, false, "weight_packed",
-     "weight_zero_point", "weight_scale", "weight_shape",
+    {"gptq", kGptq, Zeros::words_less_one, kAlongNNatural, false, Axis::k, false, ScaleOrder::natural, "qweight",
+     "qzeros", "scales", "g_idx", "AutoGPTQ auto_gptq/nn_modules/qlinear/qlinear_cuda.py"},
+    {"gptq_v2", kGptq, Zeros::words, kAlongNNatural, false, Axis::k, false, ScaleOrder::natural, "qweight", "qzeros",
+     "scales", "g_idx", "GPTQModel gptqmodel/utils/model.py"},
+    {"compressed-tensors", kAlongKPadded, Zeros::words, kDownN, true, Axis::n, false, ScaleOrder::natural,
+     "weight_packed", "weight_zero_point", "weight_scale", "weight_shape",
      "compressed-tensors compressors/pack_quantized (pack-quantized)"},
+    {"strips", kStrips, Zeros::words, kStripZeros, true, Axis::k, false, ScaleOrder::strips, "", "", "", "",
+     "csrc/core/strips.h, for this library's CPU kernels"},
 }};
 
 /// Layout of that name, or nullptr.
@@ -200,6 +218,16 @@ constexpr std::int64_t padded_groups(std::int64_t groups, std::int64_t group) {
 constexpr std::int64_t marlin_scale(std::int64_t column, bool one_group) {
   const std::int64_t size = one_group ? 32 : 64, place = column % size, i = place / 8, j = place % 8;
   return column - place + (one_group ? 2 * i + j / 2 * 8 + j % 2 : i + 8 * j);
+}
+
+inline constexpr std::int64_t kStripColumns = kStrips.tile_n;
+
+/// Where the scale of group `g` and output channel `column` stands in scales of order strips: strips of kStripColumns
+/// channels (the last may have fewer) one after another, in each group after group, in each group its channels.
+AWQ_HOST_DEVICE constexpr std::int64_t strip_scale(std::int64_t n, std::int64_t groups, std::int64_t g,
+                                                   std::int64_t column) {
+  const std::int64_t first = column / kStripColumns * kStripColumns, rest = n - first;
+  return first * groups + g * (rest < kStripColumns ? rest : kStripColumns) + column - first;
 }
 
 }  // namespace awq::core

@@ -277,6 +277,16 @@ inline void rows_to_marlin(Tile& tile, Ahead& ahead) {
   }
 }
 
+/// A word's nibbles, counted by three bits j j h, hold the codes h j j: the lower two bits change places, then the
+/// upper.
+inline void strips_to_rows(Tile& tile, Ahead& ahead) {
+  for_vectors(tile, ahead, [](Words v) { return exchange_inside(exchange_inside(v, 4, 0x00f000f0u), 8, 0x0000ff00u); });
+}
+
+inline void rows_to_strips(Tile& tile, Ahead& ahead) {
+  for_vectors(tile, ahead, [](Words v) { return exchange_inside(exchange_inside(v, 8, 0x0000ff00u), 4, 0x00f000f0u); });
+}
+
 // --- words in memory -------------------------------------------------------------------------------------------------
 
 /// Where the pieces of an area go in a tile, such that it can be rearranged in place.
@@ -285,11 +295,15 @@ enum class Placing {
   columns,  // sixteen rows of 512 bytes: each 64 columns of bytes to sixteen rows
   fast,     // a row of 256 bytes holds two times four rows of 64 codes: each four to half of the same four rows
   marlin,   // eight rows of 1024 bytes, each n / 64 s s s of 64: to row n / 64 c c c s s s, see marlin_row
+  strips,   // four rows of 2048 bytes, by turns 64 of the strip's lower and its upper columns: each to sixteen rows
+  one,      // nibble by nibble, for zeros in an order of their own: they are few
 };
 
 inline Placing placing_of(const Codes& codes) {
   if (codes.order == Order::fast) return Placing::fast;
   if (codes.order == Order::marlin) return Placing::marlin;
+  if (codes.order == Order::strips) return Placing::strips;
+  if (codes.order == Order::strip_zeros) return Placing::one;
   return (codes.tile_k == 1) == (codes.outer == Axis::n) ? Placing::columns : Placing::rows;
 }
 
@@ -305,6 +319,7 @@ inline void for_pieces(const Area<Byte>& area, bool whole, Tile& tile, Move move
       case Placing::columns: return &tile.row[16 * line + row][half];
       case Placing::fast: return &tile.row[4 * row + piece % 4][piece / 4 * (kTileWords / 2)];
       case Placing::marlin: return &tile.row[line / 8 * 64 + row * 8 + line % 8][half];
+      case Placing::strips: return &tile.row[32 * row + line % 2 * 16 + line / 2][half];
       default: return &tile.row[row][half];
     }
   };
@@ -320,6 +335,7 @@ inline void for_pieces(const Area<Byte>& area, bool whole, Tile& tile, Move move
   constexpr std::int64_t kRows = kPlacing == Placing::columns  ? 16
                                  : kPlacing == Placing::fast   ? 32
                                  : kPlacing == Placing::marlin ? 8
+                                 : kPlacing == Placing::strips ? 4
                                                                : kBlock;
   whole ? visit(kRows, std::int64_t{sizeof tile} / kRows) : visit(area.rows, area.bytes);
 }
@@ -331,17 +347,21 @@ inline void for_pieces(Placing placing, const Area<Byte>& area, bool whole, Tile
     case Placing::columns: return for_pieces<Placing::columns>(area, whole, tile, move);
     case Placing::fast: return for_pieces<Placing::fast>(area, whole, tile, move);
     case Placing::marlin: return for_pieces<Placing::marlin>(area, whole, tile, move);
+    case Placing::strips: return for_pieces<Placing::strips>(area, whole, tile, move);
+    case Placing::one: return;
   }
 }
 
-/// Sets what a word may hold beside the matrix to 0.
+/// Sets what words and padded tiles may hold beside the matrix to 0.
 inline void clear_outside(const Window& w, Tile& tile) {
   const std::int64_t rows = w.rows(), cols = w.cols();
   if (cols % kCodesPerWord != 0)
     for (std::int64_t r = 0; r < rows; ++r)
       tile.row[r][cols / kCodesPerWord] &= (1u << (4 * (cols % kCodesPerWord))) - 1;
-  if (rows % kCodesPerWord != 0)
-    std::memset(tile.row[rows], 0, static_cast<std::size_t>(kCodesPerWord - rows % kCodesPerWord) * sizeof tile.row[0]);
+  constexpr std::int64_t kTallest = kStripColumns;  // of the tiles that pad
+  static_assert(kTallest % kCodesPerWord == 0 && kBlock % kTallest == 0);
+  if (rows % kTallest != 0)
+    std::memset(tile.row[rows], 0, static_cast<std::size_t>(kTallest - rows % kTallest) * sizeof tile.row[0]);
 }
 
 /// Codes in words, as source or target of a conversion.
@@ -362,30 +382,57 @@ struct Packed {
   /// Passes over the tile, Ahead::kSteps steps each, between rows and the order in memory.
   int passes() const {
     const Placing placing = placing_of(codes);
-    return (placing == Placing::marlin ? 2 : placing == Placing::rows ? 0 : 1) + (codes.tile_k == 1 ? 2 : 0);
+    if (placing == Placing::one) return 0;
+    const bool two = placing == Placing::marlin || placing == Placing::strips;
+    return (two ? 2 : placing == Placing::rows ? 0 : 1) + (codes.tile_k == 1 ? 2 : 0);
+  }
+
+  /// Calls visit(word, its shift, row of the tile, column) for every code of the window, in memory's order, padding
+  /// included.
+  template <class Visit>
+  void for_nibbles(const Window& w, Visit visit) const {
+    for (std::int64_t row = 0; row < w.rows(); row += codes.tile_n)
+      for (std::int64_t col = 0; col < w.cols(); col += codes.tile_k) {
+        Byte* const first = words + tile_word(codes, w.n, w.k, w.n0 + row, w.k0 + col) * (codes.word_bits / 8);
+        for (int place = 0; place < codes.tile_codes(); ++place) {
+          const CodeShape code = code_in_tile(codes, place);
+          visit(first + place / 2, place % 2 * 4, row + code.n, col + code.k);
+        }
+      }
   }
 
   void load(const Window& w, Tile& tile, Ahead& ahead) const {
     const Placing placing = placing_of(codes);
-    if (!w.is_whole()) std::memset(&tile, 0, sizeof tile);
+    if (!w.is_whole() || placing == Placing::one) std::memset(&tile, 0, sizeof tile);
+    if (placing == Placing::one)
+      for_nibbles(w, [&](const std::uint8_t* byte, int shift, std::int64_t row, std::int64_t col) {
+        tile.row[row][col / 8] |= static_cast<std::uint32_t>(*byte >> shift & 15) << (4 * (col % 8));
+      });
     for_pieces(placing, area(w), w.is_whole(), tile,
                [](const std::uint8_t* from, std::uint32_t* to, std::int64_t bytes) {
                  std::memcpy(to, from, static_cast<std::size_t>(bytes));
                });
-    if (placing == Placing::columns) transpose_columns(tile, ahead);
+    if (placing == Placing::columns || placing == Placing::strips) transpose_columns(tile, ahead);
     if (placing == Placing::fast) fast_to_rows(tile, ahead);
     if (placing == Placing::marlin) marlin_to_rows(tile, ahead);
-    if (codes.tile_k == 1) along_n_to_rows(codes.order, tile, ahead);
+    if (placing == Placing::strips) strips_to_rows(tile, ahead);
+    if (codes.tile_k == 1 && placing != Placing::one) along_n_to_rows(codes.order, tile, ahead);
     clear_outside(w, tile);
   }
 
   void store(const Window& w, Tile& tile, Ahead& ahead) const {
     const Placing placing = placing_of(codes);
-    if (codes.tile_k == 1) rows_to_along_n(codes.order, tile, ahead);
-    if (placing == Placing::columns) transpose_columns(tile, ahead);
+    if (codes.tile_k == 1 && placing != Placing::one) rows_to_along_n(codes.order, tile, ahead);
+    if (placing == Placing::strips) rows_to_strips(tile, ahead);
+    if (placing == Placing::columns || placing == Placing::strips) transpose_columns(tile, ahead);
     if (placing == Placing::fast) rows_to_fast(tile, ahead);
     if (placing == Placing::marlin) rows_to_marlin(tile, ahead);
     ahead.finish();
+    if (placing == Placing::one)
+      for_nibbles(w, [&](std::uint8_t* byte, int shift, std::int64_t row, std::int64_t col) {
+        const std::uint32_t code = tile.row[row][col / 8] >> (4 * (col % 8)) & 15u;
+        *byte = static_cast<std::uint8_t>((shift == 0 ? 0 : *byte) | code << shift);
+      });
     for_pieces(placing, area(w), w.is_whole(), tile,
                [](std::uint8_t* to, const std::uint32_t* from, std::int64_t bytes) {
                  std::memcpy(to, from, static_cast<std::size_t>(bytes));

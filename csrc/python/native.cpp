@@ -58,6 +58,7 @@ py::dict describe(const Codes& codes) {
 
 py::list layouts() {
   constexpr const char* zeros[] = {"none", "words", "words_less_one", "scaled"};
+  constexpr const char* orders[] = {"natural", "marlin", "strips"};
   py::list list;
   for (const Layout& layout : awq::core::kLayouts) {
     py::dict entry;
@@ -70,7 +71,7 @@ py::list layouts() {
     entry["zeros_optional"] = layout.zeros_optional;
     entry["scales_outer"] = axis_name(layout.scales_outer);
     entry["groups_padded"] = layout.groups_padded;
-    entry["scales_permuted"] = layout.scales_permuted;
+    entry["scales_order"] = orders[static_cast<int>(layout.scales_order)];
     entry["weight_name"] = layout.weight_name;
     entry["zeros_name"] = layout.zeros_name;
     entry["scales_name"] = layout.scales_name;

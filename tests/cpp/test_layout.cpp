@@ -1,3 +1,4 @@
+#include <algorithm>
 #include <cstdint>
 #include <set>
 #include <string>
@@ -49,6 +50,12 @@ TEST_CASE("shapes and single places are those of each format's own packing code"
   CHECK((lies("marlin", 64, 16, 0, 8, 0, 1) && lies("marlin", 64, 16, 8, 0, 0, 2)));  // mma fragments
   CHECK((lies("marlin", 64, 16, 0, 1, 0, 4) && lies("marlin", 64, 16, 1, 2, 17 * 1 + 3, 0)));
 
+  CHECK((same(word_shape(codes_of("strips"), 40, 20), 2, 3 * 32)));      // [ceil(n/32), ceil(k/8) 32]
+  CHECK((same(word_shape(codes_of("strips.zeros"), 40, 5), 2, 5 * 4)));  // [ceil(n/32), 4 groups]
+  CHECK((lies("strips", 64, 16, 0, 1, 0, 2) && lies("strips", 64, 16, 0, 4, 0, 1)));
+  CHECK((lies("strips", 64, 16, 33, 8 + 6, 96 + 1, 5) && lies("strips", 64, 16, 31, 7, 31, 7)));
+  CHECK((lies("strips.zeros", 64, 3, 32 + 17, 2, 12 + 8, 3) && lies("strips.zeros", 64, 3, 15, 1, 4 + 3, 6)));
+
   CHECK((padded_groups(32, 128) == 32 && padded_groups(64, 64) == 64 && padded_groups(1, 128) == 8));
   CHECK((padded_groups(9, 64) == 16 && padded_groups(9, 32) == 32 && padded_groups(8, 16) == 0));
   CHECK((marlin_scale(1, false) == 8 && marlin_scale(64 + 8, false) == 64 + 1));
@@ -84,8 +91,9 @@ TEST_CASE("the table is well formed") {
     CAPTURE(std::string(layout.name));
     CHECK(find_layout(layout.name) == &layout);
     CHECK(!layout.source.empty());
-    CHECK((!layout.weight_name.empty() && !layout.scales_name.empty()));
-    CHECK(layout.zeros_name.empty() == (layout.zeros == Zeros::none));
+    CHECK((layout.in_files() || layout.name == "strips"));
+    CHECK(layout.scales_name.empty() == !layout.in_files());
+    CHECK(layout.zeros_name.empty() == (layout.zeros == Zeros::none || !layout.in_files()));
   }
   for (const auto& [name, codes] : every_codes()) {
     CAPTURE(name);
@@ -100,4 +108,19 @@ TEST_CASE("marlin's scales are a permutation of the channels") {
     for (std::int64_t column = 0; column < 192; ++column) seen.insert(marlin_scale(column, one_group));
     CHECK((seen.size() == 192 && *seen.begin() == 0 && *seen.rbegin() == 191));
   }
+}
+
+TEST_CASE("scales of strips have a place of their own each, and those of a strip lie together") {
+  for (const std::int64_t n : {8, 32, 40, 72, 96})
+    for (const std::int64_t groups : {1, 3}) {
+      std::set<std::int64_t> seen;
+      for (std::int64_t column = 0; column < n; ++column)
+        for (std::int64_t g = 0; g < groups; ++g) {
+          const std::int64_t first = column / 32 * 32, place = strip_scale(n, groups, g, column);
+          CHECK((place >= first * groups && place < std::min(first + 32, n) * groups));
+          CHECK((column == first || place == strip_scale(n, groups, g, column - 1) + 1));
+          seen.insert(place);
+        }
+      CHECK((seen.size() == static_cast<std::size_t>(n * groups) && *seen.rbegin() == n * groups - 1));
+    }
 }
