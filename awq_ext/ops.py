@@ -20,6 +20,7 @@ _library.load()  # the package is importable without its libraries (see __init__
 
 _ops = torch.ops.awq_ext
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+_PRECISIONS = ("exact", "int16", "int8")  # see linear
 _OPTIONAL = ("qzeros", "bias", "range", "tie", "row_weight")
 
 
@@ -32,18 +33,30 @@ def linear(
     *,
     group_size: int,
     layout: str = "gemm",
+    precision: str = "exact",
 ) -> Tensor:
     """y = x W^T + bias, without gradient (:func:`awq_ext.functional.linear` has one).
 
     x [..., k] float32, float16, bfloat16, or float64 on a CPU; any strides, any number of rows (none included).
-    qweight int32 [k, n/8]; scales float [G, n]; qzeros int32 [G, n/8], None means that every zero is 8;
-    bias float [n]. Returns [..., n] in x's dtype. Products are accumulated in float32 (float64 for float64 x) and
+    scales float [G, n]; bias float [n]; by the layout
+
+    - "gemm": qweight int32 [k, n/8], qzeros int32 [G, n/8];
+    - "strips", on a CPU, for a group_size that is a multiple of 8 or k: qweight and qzeros as :func:`pack` and
+      :func:`repack` give them, scales in the order of :func:`awq_ext.layouts.scales_to_strips`.
+
+    Without qzeros every zero is 8. Returns [..., n] in x's dtype. Products are accumulated in float32 (float64 for float64 x) and
     rounded once; a row of x with an infinity or a NaN gives a row without finite guarantees and touches no other.
     Codes and zeros may be summed apart, so 15 sum |x| over a group must stay within float32's range. On CUDA the
     weight is rounded to x's dtype first, and the product is torch's own.
-    Layout: AutoAWQ ``awq/modules/linear/gemm.py``.
+
+    With layout "strips", x is rounded to integers, by one step for every 128 values at most of a row and group, and
+    their products are exact. ``precision`` says how many bits suffice; the other layout always has float32:
+
+    - "exact": less is lost than by x's own dtype; 16 bits for float16 and bfloat16, 24 for float32;
+    - "int16": 16 bits, for float32 x too;
+    - "int8": 8 bits, about twice as fast for many rows, and no more exact than that.
     """
-    return _ops.linear(x, qweight, scales, qzeros, bias, group_size=group_size, layout=layout)
+    return _ops.linear(x, qweight, scales, qzeros, bias, group_size=group_size, layout=layout, precision=precision)
 
 
 @torch.library.register_fake("awq_ext::linear")
@@ -56,13 +69,19 @@ def _linear_fake(
     *,
     group_size: int,
     layout: str = "gemm",
+    precision: str = "exact",
 ) -> Tensor:
     _check_tensors("linear", x=x, qweight=qweight, scales=scales, qzeros=qzeros, bias=bias)
-    k, n = _check_weight("linear", qweight, scales, qzeros, group_size, layout)
+    k_of_x = x.shape[-1] if x.dim() >= 1 else None
+    k, n = _check_weight("linear", qweight, scales, qzeros, group_size, layout, k_of_x)
     _check(x.dtype in (*_FLOATS, torch.float64), "linear", "x", "a floating point tensor", x)
     _check(x.dim() >= 1 and x.shape[-1] == k, "linear", "x", f"[..., {k}]", x)
     if bias is not None:
         _check(bias.dtype in _FLOATS and bias.dim() == 1 and bias.shape[0] == n, "linear", "bias", f"[{n}]", bias)
+    torch._check(
+        precision in _PRECISIONS,
+        lambda: f"awq_ext::linear: precision must be 'exact', 'int16' or 'int8', got '{precision}'",
+    )
     return x.new_empty((*x.shape[:-1], n))
 
 
@@ -77,7 +96,8 @@ def dequantize(
 ) -> Tensor:
     """The weight W [n, k] in ``dtype`` (float32, float16 or bfloat16; None: that of scales).
 
-    (q - z) * s is computed in float32 and rounded once to ``dtype``. Arguments as for :func:`linear`.
+    (q - z) * s is computed in float32 and rounded once to ``dtype``. Arguments as for :func:`linear`. For group_size
+    -1 and layout "strips", which stores k in whole eights, W has so many in_features.
     """
     return _ops.dequantize(qweight, scales, qzeros, group_size=group_size, layout=layout, dtype=dtype)
 
@@ -612,10 +632,47 @@ def _code_shape(op: str, words: Tensor, layout: str) -> tuple[int, int]:
     return shape
 
 
+def _check_strips(
+    op: str, qweight: Tensor, scales: Tensor, qzeros: Tensor | None, group_size: int, k: int | None
+) -> tuple[int, int]:
+    on_cpu = qweight.device.type in ("cpu", "meta")
+    _check(on_cpu, op, "qweight", "on a CPU for layout 'strips' (repack it to 'gemm' for others)", qweight)
+    _, most = _code_shape(op, qweight, "strips")
+    _check(scales.dtype in _FLOATS and scales.dim() == 2, op, "scales", "a float [in_features/group_size, n]", scales)
+    groups, n = scales.shape
+    if k is None:
+        k = groups * group_size if group_size > 0 else most
+    g = _group(op, group_size, k)
+    torch._check(
+        g == k or g % 8 == 0,
+        lambda: (
+            f"awq_ext::{op}: layout 'strips' needs a group_size that is a multiple of 8, or one group; "
+            f"got {group_size}; keep layout 'gemm'"
+        ),
+    )
+    _check(groups == k // g, op, "scales", f"[{k // g}, {n}] float", scales)
+    for name, words, shape in (("qweight", qweight, (n, k)), ("qzeros", qzeros, (n, groups))):
+        if words is not None:
+            codes = _codes(op, "strips" if name == "qweight" else "strips.zeros")
+            rows, cols = codes.word_shape(*shape)
+            words_ok = words.dtype == torch.int32 and words.dim() == 2
+            words_ok = words_ok and words.shape[0] == rows and words.shape[1] == cols
+            _check(words_ok, op, name, f"[{rows}, {cols}] int32", words)
+    return k, n
+
+
 def _check_weight(
-    op: str, qweight: Tensor, scales: Tensor, qzeros: Tensor | None, group_size: int, layout: str
+    op: str,
+    qweight: Tensor,
+    scales: Tensor,
+    qzeros: Tensor | None,
+    group_size: int,
+    layout: str,
+    k_of_x: int | None = None,
 ) -> tuple[int, int]:
     _codes(op, layout)  # an unknown name is told as such
+    if layout == "strips":
+        return _check_strips(op, qweight, scales, qzeros, group_size, k_of_x)
     torch._check(
         layout == "gemm",
         lambda: f"awq_ext::{op}: layout '{layout}' is stored but not computed on; repack it to 'gemm' first",

@@ -18,7 +18,8 @@ const CpuFeatures& cpu_features() {
     f.avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && f16c;
     f.avx512 = f.avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-    f.avx512_bf16 = f.avx512 && __builtin_cpu_supports("avx512bf16");
+    f.avx512_vnni = f.avx512 && __builtin_cpu_supports("avx512vnni");
+    f.avx512_bf16 = f.avx512_vnni && __builtin_cpu_supports("avx512bf16");
 #endif
     return f;
   }();
@@ -26,11 +27,12 @@ const CpuFeatures& cpu_features() {
 }
 
 const Kernels* const* all_kernels() {
-  static const std::array<const Kernels*, 5> levels = [] {
-    std::array<const Kernels*, 5> list{};
+  static const std::array<const Kernels*, 6> levels = [] {
+    std::array<const Kernels*, 6> list{};
     std::size_t count = 0;
 #if defined(__x86_64__)
     if (cpu_features().avx512_bf16) list[count++] = &avx512_bf16_kernels();
+    if (cpu_features().avx512_vnni) list[count++] = &avx512_vnni_kernels();
     if (cpu_features().avx512) list[count++] = &avx512_kernels();
     if (cpu_features().avx2) list[count++] = &avx2_kernels();
 #endif

@@ -7,14 +7,15 @@ namespace awq::core {
 struct CpuFeatures {
   bool avx2 = false;    // AVX2, FMA and F16C
   bool avx512 = false;  // F, BW, DQ, VL
-  bool avx512_bf16 = false;
+  bool avx512_vnni = false;
+  bool avx512_bf16 = false;  // with avx512_vnni
 };
 
 /// Asked of the CPU once.
 const CpuFeatures& cpu_features();
 
-/// The best level this CPU can run; the environment variable AWQ_EXT_ISA=portable|avx2|avx512|avx512_bf16 lowers it
-/// (read once, at the first call; a level that the CPU lacks or an unknown name is ignored).
+/// The best level this CPU can run; the environment variable AWQ_EXT_ISA=<name of a level> lowers it (read
+/// once, at the first call; a level that the CPU lacks or an unknown name is ignored).
 const Kernels& best_kernels();
 
 /// Every level this CPU can run, best first, nullptr at the end. For tests and benchmarks.

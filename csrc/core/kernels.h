@@ -9,6 +9,7 @@
 #include "linear.h"
 #include "pack.h"
 #include "quantize.h"
+#include "strips.h"
 #include "types.h"
 
 namespace awq::core {
@@ -22,7 +23,7 @@ struct LinearWork {
 };
 
 struct Kernels {
-  const char* name;    // "portable", "avx2", "avx512", "avx512_bf16"
+  const char* name;    // "portable", "avx2", "avx512", "avx512_vnni", "avx512_bf16"
   std::int64_t strip;  // output columns that a linear kernel handles together, a multiple of eight
   std::int64_t panel;  // columns of a packed triangle that gram_loss handles together
 
@@ -62,6 +63,13 @@ struct Kernels {
   void (*repack_blocks)(const Codes& from, const Codes& to, const void* source, void* target, std::int64_t n,
                         std::int64_t k, std::int64_t begin, std::int64_t end) noexcept;
   void (*dequantize_rows)(const DequantizeArgs& args, std::int64_t begin, std::int64_t end) noexcept;
+
+  /// Layout strips, see strips.h: prepare tiles [begin, end) of x, then, when all are prepared, multiply output strips
+  /// [begin, end). A row of y is the same whatever rows are beside it.
+  int strips_rows[kMostDigits];  // most rows of a tile, by digits - 1
+  void (*strips_prepare)(const StripsWork& work, std::int64_t begin, std::int64_t end) noexcept;
+  void (*strips_multiply)(const StripsWork& work, std::int64_t begin, std::int64_t end) noexcept;
+  void (*strips_dequantize)(const DequantizeArgs& args, std::int64_t begin, std::int64_t end) noexcept;
 };
 
 /// k rounded up to whole panels: the row length of d.
@@ -81,6 +89,7 @@ const Kernels& portable_kernels();
 #if defined(__x86_64__)
 const Kernels& avx2_kernels();
 const Kernels& avx512_kernels();
+const Kernels& avx512_vnni_kernels();
 const Kernels& avx512_bf16_kernels();
 #endif
 

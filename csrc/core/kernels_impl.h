@@ -8,6 +8,7 @@
 #include "pack_impl.h"
 #include "quantize.h"
 #include "simd.h"
+#include "strips_impl.h"
 
 namespace awq::core {
 namespace {
@@ -434,7 +435,11 @@ constexpr Kernels make_kernels(const char* name) {
           pack_tiles,
           unpack_tiles,
           repack_tiles,
-          dequantize_rows};
+          dequantize_rows,
+          {kRowsOfDigits[0], kRowsOfDigits[1], kRowsOfDigits[2]},
+          strips_prepare,
+          strips_multiply,
+          strips_dequantize};
 }
 
 }  // namespace

@@ -20,7 +20,7 @@ void repack_blocks(const Codes& from, const Codes& to, const void* source, void*
 }
 
 void dequantize_rows(const DequantizeArgs& args, std::int64_t begin, std::int64_t end) noexcept {
-  best_kernels().dequantize_rows(args, begin, end);
+  (args.strips ? best_kernels().strips_dequantize : best_kernels().dequantize_rows)(args, begin, end);
 }
 
 }  // namespace awq::core

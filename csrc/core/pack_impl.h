@@ -7,6 +7,7 @@
 // Rearranging is bookkeeping with index bits. Name the bits of a nibble's place in the tile after what they count, the
 // rows, the words or the nibbles of this or that: an order is a permutation of the names, and a transposition or an
 // exchange swaps some of them.
+#pragma once
 #include <limits>
 
 #include "layout.h"

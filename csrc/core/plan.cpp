@@ -12,24 +12,55 @@ constexpr std::int64_t kWorkPerThread = 1 << 16;
 // (benchmarks/linear_cpu.py).
 constexpr std::int64_t kDecodeRows = 4;
 
+// Digits of x that are prepared at a time: they are read again for every strip, and must stay in a cache.
+constexpr std::int64_t kPreparedBytes = std::int64_t{8} << 20;
+
+LinearPlan plan_reference(std::int64_t n) {
+  LinearPlan plan{};
+  plan.kernel = LinearKernel::reference, plan.name = "reference";
+  plan.why = "float64 x: the definition, with float64 sums";
+  plan.tile = 8;
+  plan.tiles = ceil_div(n, plan.tile);
+  return plan;
+}
+
+std::int64_t grain(std::int64_t m, std::int64_t k, std::int64_t tile) {
+  return std::max<std::int64_t>(1, kWorkPerThread / std::max<std::int64_t>(1, m * k * tile));
+}
+
 }  // namespace
 
 LinearPlan plan_linear(std::int64_t m, std::int64_t n, std::int64_t k, DType x_type, const Kernels& kernels) {
-  LinearPlan plan{};
-  plan.tile = kernels.strip;
-  if (x_type == DType::f64) {
-    plan.kernel = LinearKernel::reference, plan.name = "reference";
-    plan.why = "float64 x: the definition, with float64 sums";
-    plan.tile = 8;
-  } else if (m <= kDecodeRows) {
-    plan.kernel = LinearKernel::decode, plan.name = "decode";
-    plan.why = "few rows: words are unpacked in registers, once for every row or two";
-  } else {
-    plan.kernel = LinearKernel::gemm, plan.name = "gemm";
-    plan.why = "many rows: a block of weights is unpacked to float32 once for 64 rows";
+  LinearPlan plan = plan_reference(n);
+  if (x_type != DType::f64) {
+    const bool decode = m <= kDecodeRows;
+    plan.kernel = decode ? LinearKernel::decode : LinearKernel::gemm, plan.name = decode ? "decode" : "gemm";
+    plan.why = decode ? "few rows: words are unpacked in registers, once for every row or two"
+                      : "many rows: a block of weights is unpacked to float32 once for 64 rows";
+    plan.tile = kernels.strip;
+    plan.tiles = ceil_div(n, plan.tile);
   }
-  plan.tiles = (n + plan.tile - 1) / plan.tile;
-  plan.grain = std::max<std::int64_t>(1, kWorkPerThread / std::max<std::int64_t>(1, m * k * plan.tile));
+  plan.grain = grain(m, k, plan.tile);
+  return plan;
+}
+
+LinearPlan plan_strips(std::int64_t m, std::int64_t n, std::int64_t k, DType x_type, Precision precision,
+                       const Kernels& kernels) {
+  LinearPlan plan = plan_reference(n);
+  if (x_type != DType::f64) {
+    plan.kernel = LinearKernel::strips, plan.name = "strips";
+    plan.digits = digits_of(precision, x_type);
+    plan.why = plan.digits == 1   ? "x as int8: the caller said that is enough"
+               : plan.digits == 2 ? "x as int16, two products of eight bits: less is lost than by a 16-bit type"
+                                  : "x as integers of 24 bits, three products of eight bits: as exact as float32";
+    const int most = kernels.strips_rows[plan.digits - 1];
+    plan.rows = std::clamp(kPreparedBytes / std::max<std::int64_t>(1, k * plan.digits) / most * most, std::int64_t{64},
+                           kStripsRows);
+    plan.tile_rows = even_rows(std::clamp(m, std::int64_t{1}, plan.rows), most);
+    plan.tile = kStripColumns;
+    plan.tiles = ceil_div(n, plan.tile);
+  }
+  plan.grain = grain(m, k, plan.tile);
   return plan;
 }
 

@@ -7,18 +7,30 @@
 
 namespace awq::core {
 
-enum class LinearKernel : std::uint8_t { reference, decode, gemm };
+enum class LinearKernel : std::uint8_t { reference, decode, gemm, strips };
 
 struct LinearPlan {
   LinearKernel kernel;
-  const char* name;  // "reference", "decode", "gemm"
+  const char* name;  // "reference", "decode", "gemm", "strips"
   const char* why;
   std::int64_t tiles;  // pieces of work; each is `tile` output columns, the last may be shorter
   std::int64_t tile;
-  std::int64_t grain;  // fewest tiles worth a thread of their own
+  std::int64_t grain;      // fewest tiles worth a thread of their own
+  int digits;              // strips: of x
+  std::int64_t rows;       // strips: of x in one StripsWork, the last of a call may have fewer
+  std::int64_t tile_rows;  // strips: of x in one tile
 };
 
-/// m rows of x, an [n, k] weight, x of type x_type, at the given instruction-set level.
+/// m rows of x, an [n, k] weight in layout gemm, x of type x_type, at the given instruction-set level.
 LinearPlan plan_linear(std::int64_t m, std::int64_t n, std::int64_t k, DType x_type, const Kernels& kernels);
+
+/// The same for layout strips.
+LinearPlan plan_strips(std::int64_t m, std::int64_t n, std::int64_t k, DType x_type, Precision precision,
+                       const Kernels& kernels);
+
+/// Rows of a tile, when `rows` are cut into equal tiles of at most `most`.
+constexpr std::int64_t even_rows(std::int64_t rows, std::int64_t most) {
+  return ceil_div(rows, rows <= most ? 1 : ceil_div(rows, most));
+}
 
 }  // namespace awq::core

@@ -124,9 +124,41 @@ std::int64_t group_of(const char* op, std::int64_t group_size, std::int64_t k) {
   return group;
 }
 
+namespace {
+
+/// k is that of x, or -1: what scales and group_size say.
+WeightShape check_strips(const char* op, const Tensor& qweight, const Tensor& scales, const OptionalTensor& qzeros,
+                         std::int64_t group_size, std::int64_t k) {
+  STD_TORCH_CHECK(qweight.is_cpu(), "awq_ext::", op, ": layout 'strips' is for CPUs, got qweight ", describe(qweight),
+                  "; repack qweight and qzeros to 'gemm' and put scales in its order (layouts.scales_from_strips)");
+  const core::CodeShape most = check_words(op, qweight, "strips");
+  float_type(op, "scales", scales);
+  STD_TORCH_CHECK(scales.dim() == 2, "awq_ext::", op, ": scales must be [in_features/group_size, out_features], got ",
+                  describe(scales));
+  const std::int64_t groups = scales.size(0), n = scales.size(1);
+  if (k < 0) k = group_size > 0 ? groups * group_size : most.k;
+  const std::int64_t group = group_of(op, group_size, k);
+  STD_TORCH_CHECK(core::strips_can_have(k, group), "awq_ext::", op,
+                  ": layout 'strips' needs a group_size that is a multiple of 8, or one group; got ", group_size,
+                  "; keep layout 'gemm'");
+  expect_float(op, "scales", scales, {k / group, n}, "[in_features/group_size, out_features]");
+  check_same_device(op, qweight, "qweight", scales, "scales");
+  const core::WordShape words = core::word_shape(*core::find_codes("strips"), n, k);
+  expect(op, "qweight", qweight, {words.rows, words.cols},
+         "the words of [out_features, in_features] in layout 'strips'", ScalarType::Int);
+  if (qzeros) {
+    const core::WordShape zeros = core::word_shape(*core::find_codes("strips.zeros"), n, groups);
+    expect(op, "qzeros", *qzeros, {zeros.rows, zeros.cols}, "the words of the zeros in layout 'strips.zeros'",
+           ScalarType::Int);
+    check_same_device(op, qweight, "qweight", *qzeros, "qzeros");
+  }
+  return {n, k, group, k / group};
+}
+
 WeightShape check_weight(const char* op, const Tensor& qweight, const Tensor& scales, const OptionalTensor& qzeros,
-                         std::int64_t group_size, const std::string& layout) {
+                         std::int64_t group_size, const std::string& layout, std::int64_t k_of_x) {
   codes_of(op, layout);  // an unknown name is told as such
+  if (layout == "strips") return check_strips(op, qweight, scales, qzeros, group_size, k_of_x);
   STD_TORCH_CHECK(layout == "gemm", "awq_ext::", op, ": layout '", layout,
                   "' is stored but not computed on; convert the words with awq_ext::repack(src='", layout,
                   "', dst='gemm') first");
@@ -144,11 +176,27 @@ WeightShape check_weight(const char* op, const Tensor& qweight, const Tensor& sc
   return {n, k, group, groups};
 }
 
+core::Precision precision_of(const std::string& name) {
+  if (name == "exact") return core::Precision::exact;
+  if (name == "int16") return core::Precision::int16;
+  STD_TORCH_CHECK(name == "int8", "awq_ext::linear: precision must be 'exact', 'int16' or 'int8', got '", name, "'");
+  return core::Precision::int8;
+}
+
+}  // namespace
+
+WeightShape check_weight(const char* op, const Tensor& qweight, const Tensor& scales, const OptionalTensor& qzeros,
+                         std::int64_t group_size, const std::string& layout) {
+  return check_weight(op, qweight, scales, qzeros, group_size, layout, -1);
+}
+
 LinearShape check_linear(const Tensor& x, const Tensor& qweight, const Tensor& scales, const OptionalTensor& qzeros,
-                         const OptionalTensor& bias, std::int64_t group_size, const std::string& layout) {
+                         const OptionalTensor& bias, std::int64_t group_size, const std::string& layout,
+                         const std::string& precision) {
   check_given("linear", "x", x);
   float_type("linear", "x", x, x.is_cpu());
-  const WeightShape w = check_weight("linear", qweight, scales, qzeros, group_size, layout);
+  const std::int64_t k_of_x = x.dim() >= 1 ? x.size(x.dim() - 1) : -1;
+  const WeightShape w = check_weight("linear", qweight, scales, qzeros, group_size, layout, k_of_x);
   STD_TORCH_CHECK(x.dim() >= 1 && x.size(x.dim() - 1) == w.k, "awq_ext::linear: x must be [..., in_features] = [..., ",
                   w.k, "], got ", describe(x));
   check_same_device("linear", x, "x", qweight, "qweight");
@@ -158,7 +206,7 @@ LinearShape check_linear(const Tensor& x, const Tensor& qweight, const Tensor& s
   }
   std::int64_t m = 1;
   for (std::int64_t i = 0; i + 1 < x.dim(); ++i) m *= x.size(i);
-  return {m, w};
+  return {m, w, precision_of(precision)};
 }
 
 WeightShape check_float_weight(const char* op, const Tensor& w, std::int64_t group_size) {

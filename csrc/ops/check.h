@@ -2,6 +2,7 @@
 #pragma once
 #include "../core/layout.h"
 #include "../core/quantize.h"
+#include "../core/strips.h"
 #include "../core/types.h"
 #include "stable.h"
 
@@ -29,7 +30,7 @@ const core::Codes& codes_of(const char* op, const std::string& name);
 /// group_size as the user gives it (-1: the whole of k) -> g; refuses what does not divide k.
 std::int64_t group_of(const char* op, std::int64_t group_size, std::int64_t k);
 
-/// A packed weight in a layout that kernels compute on.
+/// A packed weight in a layout that kernels compute on: gemm, and on a CPU strips.
 struct WeightShape {
   std::int64_t n, k, group, groups;
 };
@@ -39,9 +40,11 @@ WeightShape check_weight(const char* op, const Tensor& qweight, const Tensor& sc
 struct LinearShape {
   std::int64_t m;
   WeightShape w;
+  core::Precision precision;
 };
 LinearShape check_linear(const Tensor& x, const Tensor& qweight, const Tensor& scales, const OptionalTensor& qzeros,
-                         const OptionalTensor& bias, std::int64_t group_size, const std::string& layout);
+                         const OptionalTensor& bias, std::int64_t group_size, const std::string& layout,
+                         const std::string& precision);
 
 /// [n, k] float weight for quantize and the searches.
 WeightShape check_float_weight(const char* op, const Tensor& w, std::int64_t group_size);

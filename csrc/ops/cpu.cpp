@@ -37,9 +37,31 @@ Tensor as_rows(const Tensor& x, std::int64_t& stride) {
   return contiguous(x);
 }
 
+/// Layout strips: rows of x become digits, as many rows at a time as the plan says, and then strips are multiplied.
+void run_strips(const Tensor& x, const core::LinearArgs& args, const core::LinearPlan& plan,
+                const core::Kernels& kernels) {
+  core::StripsWork work{};
+  work.args = &args, work.digits = plan.digits;
+  const core::Segments segments(args.k, args.group);
+  Tensor scratch;
+  for (work.row = 0; work.row < args.m; work.row += work.rows) {
+    work.rows = std::min(plan.rows, args.m - work.row);
+    work.tile_rows = core::even_rows(work.rows, kernels.strips_rows[plan.digits - 1]);
+    const std::int64_t tiles = work.tiles(), words = tiles * work.words(args.k);
+    if (work.row == 0)  // later turns have not more rows, filled up to whole tiles
+      scratch = new_empty(x, {words + tiles * work.floats(segments.count)}, ScalarType::Float);
+    work.x = static_cast<std::uint32_t*>(scratch.mutable_data_ptr());
+    work.parameters = static_cast<float*>(scratch.mutable_data_ptr()) + words;
+    parallel_for(0, tiles, grain(args.k * work.tile_rows),
+                 [&](std::int64_t begin, std::int64_t end) noexcept { kernels.strips_prepare(work, begin, end); });
+    parallel_for(0, plan.tiles, plan.grain,
+                 [&](std::int64_t begin, std::int64_t end) noexcept { kernels.strips_multiply(work, begin, end); });
+  }
+}
+
 Tensor linear(const Tensor& x, const Tensor& qweight, const Tensor& scales, OptionalTensor qzeros, OptionalTensor bias,
-              std::int64_t group_size, std::string layout) {
-  const LinearShape shape = check_linear(x, qweight, scales, qzeros, bias, group_size, layout);
+              std::int64_t group_size, std::string layout, std::string precision) {
+  const LinearShape shape = check_linear(x, qweight, scales, qzeros, bias, group_size, layout, precision);
   const auto [n, k, group, groups] = shape.w;
   Tensor y = new_empty(x, output_sizes(x, n));
   if (shape.m == 0 || n == 0) return y;
@@ -59,12 +81,20 @@ Tensor linear(const Tensor& x, const Tensor& qweight, const Tensor& scales, Opti
   args.scale_type = float_type("linear", "scales", scales);
   args.bias_type = offset ? float_type("linear", "bias", *offset) : core::DType::f32;
 
+  args.strips = layout == "strips";
+
   const core::Kernels& kernels = core::best_kernels();
-  const core::LinearPlan plan = core::plan_linear(args.m, n, k, args.x_type, kernels);
+  const core::LinearPlan plan = args.strips ? core::plan_strips(args.m, n, k, args.x_type, shape.precision, kernels)
+                                            : core::plan_linear(args.m, n, k, args.x_type, kernels);
   if (plan.kernel == core::LinearKernel::reference) {
     parallel_for(0, plan.tiles, plan.grain, [&](std::int64_t begin, std::int64_t end) noexcept {
       core::linear_reference(args, begin * plan.tile, std::min(end * plan.tile, n));
     });
+    return y;
+  }
+
+  if (plan.kernel == core::LinearKernel::strips) {
+    run_strips(x, args, plan, kernels);
     return y;
   }
 
@@ -98,9 +128,13 @@ Tensor dequantize(const Tensor& qweight, const Tensor& scales, OptionalTensor qz
                                   k,
                                   group,
                                   float_type("dequantize", "scales", scales),
-                                  w_type};
-  parallel_for(0, n / 8, grain(k * 8 * 3),
-               [&](std::int64_t begin, std::int64_t end) noexcept { core::dequantize_rows(args, begin * 8, end * 8); });
+                                  w_type,
+                                  layout == "strips"};
+  const std::int64_t rows = args.row_block();
+  parallel_for(0, core::ceil_div(n, rows), grain(k * rows * 3),
+               [&, n = n](std::int64_t begin, std::int64_t end) noexcept {
+                 core::dequantize_rows(args, begin * rows, std::min(end * rows, n));
+               });
   return w;
 }
 

@@ -22,6 +22,7 @@ py::dict cpu_features() {
   py::dict features;
   features["avx2"] = f.avx2;
   features["avx512"] = f.avx512;
+  features["avx512_vnni"] = f.avx512_vnni;
   features["avx512_bf16"] = f.avx512_bf16;
   return features;
 }
@@ -148,15 +149,32 @@ awq::core::DType dtype_of(const std::string& name) {
   throw py::value_error("dtype must be float32, float16, bfloat16 or float64, got " + name);
 }
 
-py::dict plan_linear(std::int64_t m, std::int64_t n, std::int64_t k, const std::string& dtype) {
+awq::core::Precision precision_of(const std::string& name) {
+  if (name == "exact") return awq::core::Precision::exact;
+  if (name == "int16") return awq::core::Precision::int16;
+  if (name == "int8") return awq::core::Precision::int8;
+  throw py::value_error("precision must be exact, int16 or int8, got " + name);
+}
+
+py::dict plan_linear(std::int64_t m, std::int64_t n, std::int64_t k, const std::string& dtype,
+                     const std::string& layout, const std::string& precision) {
   if (m < 0 || n < 0 || k < 0) throw py::value_error("m, n and k must not be negative");
-  const awq::core::LinearPlan plan = awq::core::plan_linear(m, n, k, dtype_of(dtype), awq::core::best_kernels());
+  if (layout != "gemm" && layout != "strips") throw py::value_error("layout must be gemm or strips, got " + layout);
+  const awq::core::Kernels& kernels = awq::core::best_kernels();
+  const awq::core::LinearPlan plan =
+      layout == "gemm" ? awq::core::plan_linear(m, n, k, dtype_of(dtype), kernels)
+                       : awq::core::plan_strips(m, n, k, dtype_of(dtype), precision_of(precision), kernels);
   py::dict result;
   result["kernel"] = plan.name;
   result["level"] = awq::core::best_kernels().name;
   result["why"] = plan.why;
   result["tiles"] = plan.tiles;
   result["tile"] = plan.tile;
+  if (plan.kernel == awq::core::LinearKernel::strips) {
+    result["digits"] = plan.digits;
+    result["rows"] = plan.rows;
+    result["tile_rows"] = plan.tile_rows;
+  }
   return result;
 }
 
@@ -182,5 +200,6 @@ PYBIND11_MODULE(_native, m) {
         "Raises ValueError for an unknown layout, codes that a layout cannot hold, and buffers of another size. Needs "
         "no torch, and lets other threads run.");
   m.def("plan_linear", &plan_linear, py::arg("m"), py::arg("n"), py::arg("k"), py::arg("dtype") = "float32",
+        py::arg("layout") = "gemm", py::arg("precision") = "exact",
         "Which CPU kernel awq_ext::linear takes for m rows and an [n, k] weight, and why.");
 }

@@ -1,0 +1,405 @@
+// The kernels on layout strips of one level: included by kernels_impl.h, and compiled with that level's flags. strips.h
+// says what they compute.
+//
+// An octet is the words of a strip for eight values of x: 32 columns of four bytes. `and` and a shift make of them two
+// vectors of codes, one a byte, that four digits of x each are multiplied with; a lane of the sums is a column.
+#pragma once
+#include <limits>
+
+#include "layout.h"
+#include "pack_impl.h"
+#include "simd.h"
+#include "strips.h"
+
+namespace awq::core {
+namespace {
+
+typedef std::int8_t SmallBytes __attribute__((vector_size(kLanes), may_alias));
+typedef std::uint8_t SmallCodes __attribute__((vector_size(kLanes), may_alias));
+
+inline constexpr int kVectors = 2;                              // vectors of columns whose sums are kept at a time
+inline constexpr std::int64_t kPart = kVectors * kLanes;        // columns: a strip is 1, 2 or 4 parts
+inline constexpr std::int64_t kOctetBytes = kStripColumns * 4;  // of a strip
+static_assert(kStripColumns % kPart == 0);
+
+// How many rows a tile has at most, by digits, and how many sums of a part fit into the registers beside codes.
+#if defined(__AVX512F__)
+inline constexpr int kRowsOfDigits[kMostDigits] = {8, 8, 4};
+inline constexpr int kSumsAtOnce = 12;
+#else
+inline constexpr int kRowsOfDigits[kMostDigits] = {4, 4, 2};
+inline constexpr int kSumsAtOnce = 4;
+#endif
+
+// --- x -> digits ----------------------------------------------------------------------------------------------------
+
+struct Rounded {
+  float step, sum;
+};
+
+/// x[0 .. count), count a multiple of kLanes, as digits. The same at every level: nothing is added but integers.
+template <int kDigits>
+inline Rounded round_segment(const float* x, std::int64_t count, std::int8_t (*digits)[kSegment]) {
+  Ints largest{};  // bits of |x|, which order numbers as their values do, then infinity, then NaN
+  for (std::int64_t i = 0; i < count; i += kLanes) {
+    const auto bits =
+        reinterpret_cast<Ints>(load_words(reinterpret_cast<const std::uint32_t*>(x + i), kLanes) & 0x7fffffffu);
+    largest = bits > largest ? bits : largest;
+  }
+  std::int32_t most = 0;
+  for (int c = 0; c < kLanes; ++c) most = largest[c] > most ? largest[c] : most;
+  if (most >= 0x7f800000) {  // a step of NaN makes the whole row of y NaN
+    for (int d = 0; d < kDigits; ++d) std::memset(digits[d], 0, kSegment);
+    return {std::numeric_limits<float>::quiet_NaN(), 0.0f};
+  }
+  // The largest number that digits can hold; of three only what leaves room for the roundings of 1 / step and of v.
+  constexpr float kLimit = kDigits == 1 ? 127.0f : kDigits == 2 ? 127.0f * 257.0f : 127.0f * 65536.0f;
+  float step = std::bit_cast<float>(most) / kLimit;
+  if (step < 0x1p-126f) step = 0x1p-126f;  // so that 1 / step is finite
+  const Floats inverse = broadcast(1.0f / step);
+  Ints sum{};
+  for (std::int64_t i = 0; i < count; i += kLanes) {
+    const auto v = reinterpret_cast<Words>(load(x + i) * inverse);
+    // |v| < 2^23: in 2^23 + |v| the last bit is worth one, so the addition rounds to nearest, ties to even.
+    const Floats shifted = reinterpret_cast<Floats>(v & 0x7fffffffu) + 0x1p23f;
+    const Ints magnitude = reinterpret_cast<Ints>(shifted) - 0x4b000000, sign = reinterpret_cast<Ints>(v) >> 31;
+    Ints rest = (magnitude ^ sign) - sign;
+    sum += rest;
+#pragma GCC unroll 3
+    for (int d = kDigits - 1; d >= 0; --d) {
+      const Ints digit = ((rest + 128) & 255) - 128;
+      const SmallBytes bytes = __builtin_convertvector(digit, SmallBytes);
+      std::memcpy(digits[d] + i, &bytes, sizeof bytes);
+      rest = (rest - digit) >> 8;
+    }
+  }
+  std::int32_t total = 0;
+  for (int c = 0; c < kLanes; ++c) total += sum[c];
+  return {step, static_cast<float>(total)};
+}
+
+template <int kDigits>
+inline void prepare_tile(const StripsWork& work, std::int64_t tile) {
+  const LinearArgs& a = *work.args;
+  const Segments segments(a.k, a.group);
+  const std::int64_t rows = work.tile_rows;
+  std::uint32_t* const words = work.x + tile * work.words(a.k);
+  float* const parameters = work.parameters + tile * work.floats(segments.count);
+  alignas(64) float x[kSegment];
+  alignas(64) std::int8_t digits[kDigits][kSegment];
+  for (std::int64_t r = 0; r < rows; ++r) {
+    const std::int64_t row = tile * rows + r;
+    for (std::int64_t i = 0; i < segments.count; ++i) {
+      const std::int64_t begin = segments.begin(i), size = segments.size(i), octets = ceil_div(size, kOctet);
+      Rounded rounded{0.0f, 0.0f};
+      if (row < work.rows) {
+        for (std::int64_t j = size / kLanes * kLanes; j < kSegment; ++j) x[j] = 0.0f;
+        convert_to_float(a.x, a.x_type, (work.row + row) * a.x_stride + begin, size, x);
+        rounded = round_segment<kDigits>(x, ceil_div(size, kLanes) * kLanes, digits);
+      } else {
+        std::memset(digits, 0, sizeof digits);
+      }
+      std::uint32_t* out = words + work.words(begin) + r;
+      for (int d = 0; d < kDigits; ++d)
+        for (std::int64_t quad = 0; quad < 2 * octets; ++quad, out += rows)
+          std::memcpy(out, digits[d] + 4 * quad, sizeof *out);
+      parameters[work.floats(i) + r] = rounded.step;
+      parameters[work.floats(i) + rows + r] = rounded.sum;
+    }
+  }
+}
+
+void strips_prepare(const StripsWork& work, std::int64_t begin, std::int64_t end) noexcept {
+  for (std::int64_t tile = begin; tile < end; ++tile) switch (work.digits) {
+      case 1: prepare_tile<1>(work, tile); break;
+      case 2: prepare_tile<2>(work, tile); break;
+      default: prepare_tile<3>(work, tile); break;
+    }
+}
+
+// --- products -------------------------------------------------------------------------------------------------------
+
+/// sum + in each lane the four codes of `low` times the digits x[0], and those of `high` times x[1].
+inline __attribute__((always_inline)) Ints dot(Ints sum, Words low, Words x0, Words high, Words x1) {
+#if defined(__AVX512VNNI__)
+  // g++ 12 surrounds the intrinsic with copies of the sums.
+  asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(low), "v"(x0));
+  asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(high), "v"(x1));
+  return sum;
+#elif defined(__AVX512F__)
+  // Four products are at most 4 * 15 * 128 < 2^15.
+  const __m512i pairs =
+      _mm512_add_epi16(_mm512_maddubs_epi16(reinterpret_cast<__m512i>(low), reinterpret_cast<__m512i>(x0)),
+                       _mm512_maddubs_epi16(reinterpret_cast<__m512i>(high), reinterpret_cast<__m512i>(x1)));
+  return sum + reinterpret_cast<Ints>(_mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
+#elif defined(__AVX2__)
+  const __m256i pairs =
+      _mm256_add_epi16(_mm256_maddubs_epi16(reinterpret_cast<__m256i>(low), reinterpret_cast<__m256i>(x0)),
+                       _mm256_maddubs_epi16(reinterpret_cast<__m256i>(high), reinterpret_cast<__m256i>(x1)));
+  return sum + reinterpret_cast<Ints>(_mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+#else
+  typedef std::int16_t Halves __attribute__((vector_size(4 * kLanes), may_alias));
+  const auto even = [](Words bytes) { return reinterpret_cast<Halves>(bytes) << 8 >> 8; };
+  const auto odd = [](Words bytes) { return reinterpret_cast<Halves>(bytes) >> 8; };
+  const auto pairs =
+      reinterpret_cast<Ints>(even(low) * even(x0) + odd(low) * odd(x0) + even(high) * even(x1) + odd(high) * odd(x1));
+  return sum + (pairs << 16 >> 16) + (pairs >> 16);
+#endif
+}
+
+/// sums[d][r][v] += digits first .. first + kDigits of x times the codes of a part, for the octets of a segment.
+template <int kRows, int kDigits>
+inline __attribute__((always_inline)) void add_products(const std::uint8_t* w, std::int64_t octets,
+                                                        const std::uint32_t* x, std::int64_t ahead,
+                                                        Ints (&sums)[kDigits][kRows][kVectors]) {
+  const std::int64_t digit = octets * 2 * kRows;  // words of x between one and the next
+  for (std::int64_t o = 0; o < octets; ++o, w += kOctetBytes, x += 2 * kRows) {
+    for (std::int64_t line = 0; line < kPart * 4; line += 64) __builtin_prefetch(w + ahead + line);
+    Words low[kVectors], high[kVectors];
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v) {
+      const Words codes = load_words(reinterpret_cast<const std::uint32_t*>(w) + v * kLanes, kLanes);
+      low[v] = codes & 0x0f0f0f0fu;
+      high[v] = (codes >> 4) & 0x0f0f0f0fu;
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 3
+      for (int d = 0; d < kDigits; ++d) {
+        const Words x0 = Words{} + x[d * digit + r], x1 = Words{} + x[d * digit + kRows + r];
+#pragma GCC unroll 2
+        for (int v = 0; v < kVectors; ++v) sums[d][r][v] = dot(sums[d][r][v], low[v], x0, high[v], x1);
+      }
+  }
+}
+
+/// acc[r][column] += the segment's part of y, for the columns of a part.
+template <int kRows, int kDigits>
+inline __attribute__((always_inline)) void multiply_segment(const std::uint8_t* w, std::int64_t octets,
+                                                            const std::uint32_t* x, std::int64_t ahead,
+                                                            const float* parameters, const float* scales,
+                                                            const float* zeros, float* acc) {
+  Floats values[kRows][kVectors];  // sum q v
+  if constexpr (kRows * kDigits <= kSumsAtOnce) {
+    Ints sums[kDigits][kRows][kVectors] = {};
+    add_products(w, octets, x, ahead, sums);
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 2
+      for (int v = 0; v < kVectors; ++v) {
+        Ints upper = sums[0][r][v];
+        if constexpr (kDigits > 1) upper = (upper << 8) + sums[1][r][v];
+        values[r][v] = __builtin_convertvector(upper, Floats);
+        if constexpr (kDigits > 2)
+          values[r][v] = fma(values[r][v], broadcast(256.0f), __builtin_convertvector(sums[2][r][v], Floats));
+      }
+  } else {  // digit after digit: the codes are in the cache
+    const std::int64_t digit = octets * 2 * kRows;
+    Ints sums[1][kRows][kVectors] = {};
+    add_products(w, octets, x, ahead, sums);
+    if constexpr (kDigits > 1) {
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 2
+        for (int v = 0; v < kVectors; ++v) sums[0][r][v] <<= 8;
+      add_products(w, octets, x + digit, ahead, sums);
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 2
+      for (int v = 0; v < kVectors; ++v) values[r][v] = __builtin_convertvector(sums[0][r][v], Floats);
+    if constexpr (kDigits > 2) {
+      Ints lowest[1][kRows][kVectors] = {};
+      add_products(w, octets, x + 2 * digit, ahead, lowest);
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 2
+        for (int v = 0; v < kVectors; ++v)
+          values[r][v] = fma(values[r][v], broadcast(256.0f), __builtin_convertvector(lowest[0][r][v], Floats));
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+    const Floats step = broadcast(parameters[r]), minus_sum = broadcast(-parameters[kRows + r]);
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v) {
+      float* const out = acc + r * kStripColumns + v * kLanes;
+      const Floats centred = fma(load(zeros + v * kLanes), minus_sum, values[r][v]);
+      store(out, fma(load(scales + v * kLanes) * step, centred, load(out)));
+    }
+  }
+}
+
+/// Segments [first, last) of one strip, with their scales and zeros as floats.
+struct StripBlock {
+  static constexpr std::int64_t kValues = 2048;  // of x: a tile's digits of so many stay in the first cache
+  static constexpr std::int64_t kMost = 64;      // segments
+  std::int64_t first, last, ahead;
+  const std::uint8_t* w;
+  alignas(64) float scales[kMost][kStripColumns];
+  alignas(64) float zeros[kMost][kStripColumns];
+};
+
+/// acc [tile_rows][kStripColumns] += the block's part of y for one tile.
+template <int kRows, int kDigits>
+void multiply_tile(const StripsWork& work, const Segments& segments, const StripBlock& block, std::int64_t tile,
+                   float* acc) {
+  const std::uint32_t* x = work.x + tile * work.words(work.args->k) + work.words(segments.begin(block.first));
+  const float* parameters = work.parameters + tile * work.floats(segments.count) + work.floats(block.first);
+  const std::uint8_t* w = block.w;
+  for (std::int64_t i = block.first; i < block.last; ++i) {
+    const std::int64_t octets = ceil_div(segments.size(i), kOctet);
+    for (std::int64_t part = 0; part < kStripColumns; part += kPart)
+      multiply_segment<kRows, kDigits>(w + part * 4, octets, x, block.ahead, parameters,
+                                       block.scales[i - block.first] + part, block.zeros[i - block.first] + part,
+                                       acc + part);
+    w += octets * kOctetBytes;
+    x += octets * 2 * kDigits * kRows;
+    parameters += 2 * kRows;
+  }
+}
+
+template <int kDigits>
+inline void multiply_tiles(const StripsWork& work, const Segments& segments, const StripBlock& block, float* acc) {
+  for (std::int64_t tile = 0; tile < work.tiles(); ++tile) {
+    float* const out = acc + tile * work.tile_rows * kStripColumns;
+    switch (work.tile_rows) {
+      case 1: multiply_tile<1, kDigits>(work, segments, block, tile, out); break;
+      case 2: multiply_tile<2, kDigits>(work, segments, block, tile, out); break;
+      default:
+        if constexpr (kRowsOfDigits[kDigits - 1] > 2) {
+          if (work.tile_rows == 3) multiply_tile<3, kDigits>(work, segments, block, tile, out);
+          if (work.tile_rows == 4) multiply_tile<4, kDigits>(work, segments, block, tile, out);
+        }
+        if constexpr (kRowsOfDigits[kDigits - 1] > 4) {
+          if (work.tile_rows == 5) multiply_tile<5, kDigits>(work, segments, block, tile, out);
+          if (work.tile_rows == 6) multiply_tile<6, kDigits>(work, segments, block, tile, out);
+          if (work.tile_rows == 7) multiply_tile<7, kDigits>(work, segments, block, tile, out);
+          if (work.tile_rows == 8) multiply_tile<8, kDigits>(work, segments, block, tile, out);
+        }
+    }
+  }
+}
+
+/// Scales and zeros of a block's segments. Asks for those of as many segments more: they are streams of their own, too
+/// thin for hardware to notice.
+inline void load_groups(const LinearArgs& a, const Segments& segments, std::int64_t strip, StripBlock& block) {
+  const std::int64_t column = strip * kStripColumns, groups = a.k / a.group;
+  const std::int64_t width = a.n - column < kStripColumns ? a.n - column : kStripColumns;
+  for (std::int64_t i = block.first; i < block.last; ++i) {
+    float *const scales = block.scales[i - block.first], *const zeros = block.zeros[i - block.first];
+    const std::int64_t g = i / segments.in_group, at = strip_scale(a.n, groups, g, column);
+    const std::int64_t next = at + (block.last - block.first) * kStripColumns;
+    __builtin_prefetch(static_cast<const char*>(a.scales) + next * size_of(a.scale_type));
+    for (std::int64_t c = width; c < kStripColumns; ++c) scales[c] = 0.0f;
+    convert_to_float(a.scales, a.scale_type, at, width, scales);
+    if (a.qzeros == nullptr) {
+      for (std::int64_t c = 0; c < kStripColumns; ++c) zeros[c] = 8.0f;
+      continue;
+    }
+    const auto* bytes = reinterpret_cast<const std::uint8_t*>(a.qzeros) + (strip * groups + g) * (kStripColumns / 2);
+    __builtin_prefetch(bytes + (block.last - block.first) * (kStripColumns / 2));
+    for (std::int64_t c = 0; c < kStripColumns / 2; ++c) zeros[c] = static_cast<float>(bytes[c] & 15);
+    for (std::int64_t c = 0; c < kStripColumns / 2; ++c)
+      zeros[kStripColumns / 2 + c] = static_cast<float>(bytes[c] >> 4);
+  }
+}
+
+/// y[row, strip] = acc + bias, in y's type.
+inline void store_strip(const StripsWork& work, std::int64_t strip, float* acc) {
+  const LinearArgs& a = *work.args;
+  const std::int64_t column = strip * kStripColumns;
+  const std::int64_t width = a.n - column < kStripColumns ? a.n - column : kStripColumns;
+  alignas(64) float bias[kStripColumns] = {};
+  if (a.bias != nullptr) convert_to_float(a.bias, a.bias_type, column, width, bias);
+  for (std::int64_t r = 0; r < work.rows; ++r, acc += kStripColumns) {
+    const std::int64_t at = (work.row + r) * a.n + column;
+    if (a.bias != nullptr)
+      for (std::int64_t c = 0; c < kStripColumns; c += kLanes) store(acc + c, load(acc + c) + load(bias + c));
+    if (width == kStripColumns)
+      for (std::int64_t c = 0; c < kStripColumns; c += kLanes) store_as(a.y, a.x_type, at + c, load(acc + c));
+    else
+      for (std::int64_t c = 0; c < width; ++c) store_as(a.y, a.x_type, at + c, acc[c]);
+  }
+}
+
+void strips_multiply(const StripsWork& work, std::int64_t begin, std::int64_t end) noexcept {
+  const LinearArgs& a = *work.args;
+  const Segments segments(a.k, a.group);
+  const std::int64_t strip_bytes = ceil_div(a.k, kOctet) * kOctetBytes;
+  std::int64_t most = StripBlock::kValues / segments.size(0);
+  most = most < 1 ? 1 : most > StripBlock::kMost ? StripBlock::kMost : most;
+  alignas(64) float acc[(kStripsRows + kOctet) * kStripColumns];
+  StripBlock block;
+  block.ahead = work.rows <= 4 ? 8192 : 16384;  // bytes
+  for (std::int64_t strip = begin; strip < end; ++strip) {
+    std::memset(acc, 0, static_cast<std::size_t>(work.tiles() * work.tile_rows * kStripColumns) * sizeof *acc);
+    for (block.first = 0; block.first < segments.count; block.first = block.last) {
+      block.last = block.first + most < segments.count ? block.first + most : segments.count;
+      block.w = reinterpret_cast<const std::uint8_t*>(a.qweight) + strip * strip_bytes +
+                segments.begin(block.first) / kOctet * kOctetBytes;
+      load_groups(a, segments, strip, block);
+      switch (work.digits) {
+        case 1: multiply_tiles<1>(work, segments, block, acc); break;
+        case 2: multiply_tiles<2>(work, segments, block, acc); break;
+        default: multiply_tiles<3>(work, segments, block, acc); break;
+      }
+    }
+    store_strip(work, strip, acc);
+  }
+}
+
+// --- dequantize -----------------------------------------------------------------------------------------------------
+
+constexpr Codes kStripCodes = kStrips;  // of this file alone, so that its address may be taken
+
+/// Codes [begin, begin + count) of a row of the tile, one a byte there, from which on the row of the result is `row`.
+inline void dequantize_codes(const DequantizeArgs& a, const std::uint8_t* codes, std::int64_t row, std::int64_t begin,
+                             std::int64_t count) {
+  const std::int64_t groups = a.k / a.group;
+  for (std::int64_t i = begin; i < begin + count;) {
+    const std::int64_t g = i / a.group, end = (g + 1) * a.group;
+    const std::int64_t stop = end < begin + count ? end : begin + count;
+    const float scale = load_as<float>(a.scales, a.scale_type, strip_scale(a.n, groups, g, row));
+    float zero = 8.0f;
+    if (a.qzeros != nullptr) {
+      const auto* bytes = reinterpret_cast<const std::uint8_t*>(a.qzeros);
+      const std::int64_t column = row % kStripColumns, half = kStripColumns / 2;
+      zero = static_cast<float>(
+          bytes[(row / kStripColumns * groups + g) * half + column % half] >> (column / half * 4) & 15);
+    }
+    for (; i + kLanes <= stop; i += kLanes) {
+      SmallCodes small;
+      std::memcpy(&small, codes + (i - begin), sizeof small);
+      const Floats code = __builtin_convertvector(small, Floats);
+      store_as(a.w, a.w_type, row * a.k + i, (code - broadcast(zero)) * broadcast(scale));
+    }
+    for (; i < stop; ++i) store_as(a.w, a.w_type, row * a.k + i, (static_cast<float>(codes[i - begin]) - zero) * scale);
+  }
+}
+
+/// Rows [begin, end) of the result, begin a multiple of kBlock.
+void strips_dequantize(const DequantizeArgs& a, std::int64_t begin, std::int64_t end) noexcept {
+  const Packed<const std::uint8_t> words{kStripCodes, reinterpret_cast<const std::uint8_t*>(a.qweight)};
+  Tile tile;
+  alignas(64) std::uint8_t codes[kBlock];
+  for (std::int64_t n0 = begin; n0 < end; n0 += kBlock)
+    for (std::int64_t k0 = 0; k0 < a.k; k0 += kBlock) {
+      const Window w{a.n, a.k, n0, k0};
+      const Lines next = k0 + kBlock < a.k ? Lines(words.area({a.n, a.k, n0, k0 + kBlock})) : Lines();
+      Ahead ahead(next, Lines(), words.passes());
+      words.load(w, tile, ahead);
+      for (std::int64_t r = 0; r < w.rows(); ++r) {
+        for (std::int64_t i = 0; i < kBlock; i += std::int64_t{sizeof(Words)}) {
+          HalfBytes pairs;
+          std::memcpy(&pairs, &tile.row[r][i / kCodesPerWord], sizeof pairs);
+          const Words split = split_codes(pairs);
+          std::memcpy(codes + i, &split, sizeof split);
+        }
+        dequantize_codes(a, codes, n0 + r, k0, w.cols());
+      }
+    }
+}
+
+}  // namespace
+}  // namespace awq::core
