@@ -44,10 +44,10 @@ def linear(
     - "strips", on a CPU, for a group_size that is a multiple of 8 or k: qweight and qzeros as :func:`pack` and
       :func:`repack` give them, scales in the order of :func:`awq_ext.layouts.scales_to_strips`.
 
-    Without qzeros every zero is 8. Returns [..., n] in x's dtype. Products are accumulated in float32 (float64 for float64 x) and
-    rounded once; a row of x with an infinity or a NaN gives a row without finite guarantees and touches no other.
-    Codes and zeros may be summed apart, so 15 sum |x| over a group must stay within float32's range. On CUDA the
-    weight is rounded to x's dtype first, and the product is torch's own.
+    Without qzeros every zero is 8. Returns [..., n] in x's dtype. Products are accumulated in float32 (float64 for
+    float64 x) and rounded once; a row of x with an infinity or a NaN gives a row without finite guarantees and
+    touches no other. Codes and zeros may be summed apart, so 15 sum |x| over a group must stay within float32's range.
+    On CUDA the weight is rounded to x's dtype first, and the product is torch's own.
 
     With layout "strips", x is rounded to integers, by one step for every 128 values at most of a row and group, and
     their products are exact. ``precision`` says how many bits suffice; the other layout always has float32:

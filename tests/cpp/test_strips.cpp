@@ -1,0 +1,393 @@
+// The kernels on layout strips, at every level, against the product in float64. Bounds follow from strips.h: x is
+// rounded to step / 2 once, and sums of segments in float32.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <string>
+#include <vector>
+
+#include "catch.hpp"
+#include "core/cpu.h"
+#include "core/kernels.h"
+#include "core/plan.h"
+#include "data.h"
+
+using namespace awq;
+using namespace awq::core;
+using test::Array;
+using test::Random;
+
+namespace {
+
+const Codes& strips() { return find_layout("strips")->weight; }
+const Codes& strip_zeros() { return find_layout("strips")->zero_words; }
+
+struct Shape {
+  std::int64_t m, n, k, group;
+};
+
+struct Types {
+  DType x = DType::f32, scale = DType::f16, bias = DType::f16;
+  bool zeros = true, with_bias = true;
+};
+
+struct Problem {
+  Problem(Shape shape, Types types, Random& random, std::int64_t pad = 0)
+      : shape(shape),
+        types(types),
+        groups(shape.k / shape.group),
+        stride(shape.k + pad),
+        x(types.x, shape.m == 0 ? 0 : (shape.m - 1) * stride + shape.k, random, -1.0, 1.0),
+        scales(types.scale, groups * shape.n, random, 0.001, 0.05),
+        ordered(scales),
+        bias(types.bias, shape.n, random, -1.0, 1.0),
+        q(random.codes(shape.n * shape.k)),
+        z(random.codes(shape.n * groups)),
+        words(test::pack(strips(), q, shape.n, shape.k)) {
+    if (!types.zeros) std::fill(z.begin(), z.end(), std::uint8_t{8});
+    zeros = test::pack(strip_zeros(), z, shape.n, groups);
+    for (std::int64_t g = 0; g < groups; ++g)
+      for (std::int64_t col = 0; col < shape.n; ++col)
+        ordered.set(strip_scale(shape.n, groups, g, col), scales[g * shape.n + col]);
+  }
+
+  LinearArgs args(Array& y) const {
+    return {x.data(),
+            words.data(),
+            ordered.data(),
+            types.zeros ? zeros.data() : nullptr,
+            types.with_bias ? bias.data() : nullptr,
+            y.data(),
+            shape.m,
+            shape.n,
+            shape.k,
+            shape.group,
+            stride,
+            types.x,
+            types.scale,
+            types.bias,
+            true};
+  }
+
+  int code(std::int64_t col, std::int64_t i) const { return q[static_cast<std::size_t>(col * shape.k + i)]; }
+  int zero(std::int64_t col, std::int64_t i) const {
+    return z[static_cast<std::size_t>(col * groups + i / shape.group)];
+  }
+  double scale(std::int64_t col, std::int64_t i) const { return scales[i / shape.group * shape.n + col]; }
+
+  Shape shape;
+  Types types;
+  std::int64_t groups, stride;
+  Array x, scales, ordered, bias;
+  std::vector<std::uint8_t> q, z;
+  std::vector<std::uint32_t> words, zeros;
+};
+
+/// y in float64, and what |y - expected| may be.
+struct Expected {
+  Expected(const Problem& p, int digits)
+      : y(static_cast<std::size_t>(p.shape.m * p.shape.n)), bound(y.size()) {
+    const auto [m, n, k, group] = p.shape;
+    const double limit = digits == 1 ? 127.0 : digits == 2 ? 32639.0 : 127.0 * 65536.0;
+    std::int64_t segments = 0;
+    std::vector<std::int64_t> first;  // of each segment, and k: by the definition of a segment, not by Segments
+    for (std::int64_t g = 0; g < k; g += group)
+      for (std::int64_t i = g; i < g + group; i += 128, ++segments) first.push_back(i);
+    first.push_back(k);
+    for (std::int64_t row = 0; row < m; ++row)
+      for (std::int64_t col = 0; col < n; ++col) {
+        double sum = 0.0, rounded = 0.0, terms = 0.0;
+        for (std::size_t s = 0; s + 1 < first.size(); ++s) {
+          double largest = 0.0;
+          for (std::int64_t i = first[s]; i < first[s + 1]; ++i)
+            largest = std::max(largest, std::fabs(p.x[row * p.stride + i]));
+          const double step = std::max(largest / limit, 0x1p-126);
+          for (std::int64_t i = first[s]; i < first[s + 1]; ++i) {
+            const double x = p.x[row * p.stride + i], scale = p.scale(col, i);
+            const int code = p.code(col, i), zero = p.zero(col, i);
+            sum += x * (code - zero) * scale;
+            // step / 2, and of 1 / step, x / step and step an error in float32 each.
+            rounded += (step / 2 + 0x1p-22 * std::fabs(x)) * std::abs(code - zero) * std::fabs(scale);
+            terms += (std::fabs(x) + step) * (code + zero) * std::fabs(scale);
+          }
+        }
+        const double bias = p.types.with_bias ? p.bias[col] : 0.0;
+        const auto at = static_cast<std::size_t>(row * n + col);
+        y[at] = sum + bias;
+        // A segment's sums, its zero, its scale and its place among the others: not more than eight roundings and one
+        // for every other segment. What s step loses below the normal numbers is less than 2^-100.
+        bound[at] = test::unit_roundoff(p.types.x) * (std::fabs(y[at]) + rounded) + rounded +
+                    static_cast<double>(segments + 8) * 0x1p-23 * (terms + std::fabs(bias)) +
+                    test::subnormal_roundoff(p.types.x) + 0x1p-100;
+      }
+  }
+
+  double worst(const Array& got) const {
+    double worst = 0.0;
+    for (std::int64_t i = 0; i < got.size(); ++i) {
+      const double ratio = std::fabs(got[i] - y[static_cast<std::size_t>(i)]) / bound[static_cast<std::size_t>(i)];
+      worst = ratio <= worst ? worst : ratio;  // a NaN becomes the worst
+    }
+    return worst;
+  }
+
+  std::vector<double> y, bound;
+};
+
+/// Runs the kernels on `rows` rows at a time, and on `piece` tiles and strips a call (0: all of them).
+Array run(const Problem& p, const Kernels& kernels, int digits, std::int64_t piece = 0,
+          std::int64_t rows = kStripsRows) {
+  const auto [m, n, k, group] = p.shape;
+  Array y(p.types.x, m * n);
+  const LinearArgs args = p.args(y);
+  const Segments segments(k, group);
+  StripsWork work{};
+  work.args = &args, work.digits = digits;
+  for (work.row = 0; work.row < m; work.row += work.rows) {
+    work.rows = std::min(rows, m - work.row);
+    work.tile_rows = even_rows(work.rows, kernels.strips_rows[digits - 1]);
+    std::vector<std::uint32_t> x(static_cast<std::size_t>(work.tiles() * work.words(k)), 0xa5a5a5a5u);
+    std::vector<float> parameters(static_cast<std::size_t>(work.tiles() * work.floats(segments.count)),
+                                  std::numeric_limits<float>::quiet_NaN());  // scratch may hold anything
+    work.x = x.data(), work.parameters = parameters.data();
+    const auto pieces = [&](std::int64_t count, auto kernel) {
+      for (std::int64_t begin = 0; begin < count; begin += piece == 0 ? count : piece)
+        kernel(work, begin, piece == 0 ? count : std::min(begin + piece, count));
+    };
+    pieces(work.tiles(), kernels.strips_prepare);
+    pieces(ceil_div(n, kStripColumns), kernels.strips_multiply);
+  }
+  return y;
+}
+
+/// Calls body(kernels) for every level.
+template <class Body>
+void for_levels(Body body) {
+  for (const Kernels* const* level = all_kernels(); *level != nullptr; ++level) {
+    CAPTURE((*level)->name);
+    body(**level);
+  }
+}
+
+int different(const Array& a, const Array& b) {
+  int count = 0;
+  for (std::int64_t i = 0; i < a.size(); ++i) count += a[i] != b[i];
+  return count;
+}
+
+struct Depth {
+  std::int64_t k, group;
+};
+constexpr Depth kDepths[] = {{16, 16},   {64, 32},   {24, 8},    {128, 64}, {256, 128}, {512, 256}, {120, 24},
+                             {400, 200}, {300, 300}, {129, 129}, {37, 37},  {1, 1},     {8, 8}};
+
+}  // namespace
+
+TEST_CASE("strips: every kernel stays within its rounding bound for every shape") {
+  Random random(30);
+  std::size_t turn = 0;
+  for (const std::int64_t n : {8, 24, 40, 136})
+    for (const Depth& depth : kDepths)
+      for (const std::int64_t m : {1, 2, 3, 4, 5, 6, 7, 8, 9, 13, 17, 33}) {
+        const std::size_t t = turn++;
+        const Types types{test::kFloatTypes[t % 3], test::kFloatTypes[t / 3 % 3], test::kFloatTypes[t / 9 % 3],
+                          t % 5 != 0, t % 7 != 0};
+        const Problem p({m, n, depth.k, depth.group}, types, random, t % 4 == 0 ? 3 : 0);
+        CAPTURE(m, n, depth.k, depth.group, int(types.x), int(types.scale), int(types.bias), types.zeros,
+                types.with_bias, p.stride);
+        for (const int digits : {1, 2, 3}) {
+          const Expected expected(p, digits);
+          for_levels([&](const Kernels& kernels) { REQUIRE(expected.worst(run(p, kernels, digits)) <= 1.0); });
+        }
+      }
+}
+
+TEST_CASE("strips: more rows than a tile, a block or a turn has, and more values than a block") {
+  Random random(31);
+  for (const Shape& shape :
+       {Shape{65, 40, 64, 32}, Shape{130, 72, 256, 128}, Shape{700, 8, 40, 40}, Shape{3, 40, 4096 + 128, 128},
+        Shape{9, 40, 2048 + 64, 32}, Shape{2, 8, 5001, 5001}, Shape{5, 33, 1024, 8}}) {
+    const Problem p(shape, {DType::f32, DType::f16, DType::f32}, random);
+    CAPTURE(shape.m, shape.n, shape.k, shape.group);
+    for (const int digits : {1, 2, 3}) {
+      const Expected expected(p, digits);
+      for_levels([&](const Kernels& kernels) { CHECK(expected.worst(run(p, kernels, digits)) <= 1.0); });
+    }
+  }
+}
+
+TEST_CASE("strips: more digits lose less, as their number says") {
+  Random random(32);
+  const Problem p({8, 64, 1024, 128}, {DType::f32, DType::f16, DType::f16, true, false}, random);
+  double rms[kMostDigits] = {}, all = 0.0;
+  for (int digits = 1; digits <= kMostDigits; ++digits) {
+    const Expected expected(p, digits);
+    const Array y = run(p, best_kernels(), digits);
+    for (std::int64_t i = 0; i < y.size(); ++i) {
+      const double exact = expected.y[static_cast<std::size_t>(i)];
+      rms[digits - 1] += (y[i] - exact) * (y[i] - exact);
+      if (digits == 1) all += exact * exact;
+    }
+  }
+  for (double& e : rms) e = std::sqrt(e / all);
+  // Of numbers spread evenly in -1 .. 1, an error spread evenly in +- 1/254 is 1/254 of them, and so on.
+  CHECK((rms[0] > 1.0 / 400 && rms[0] < 1.0 / 150));
+  CHECK((rms[1] > 1.0 / 100000 && rms[1] < 1.0 / 40000));
+  CHECK(rms[2] < 1e-6);
+}
+
+TEST_CASE("strips: the same bits for any split of the work, any rows beside a row, and every level that fuses") {
+  Random random(33);
+  for (const Depth& depth : {Depth{256, 128}, Depth{96, 32}, Depth{70, 70}})
+    for (const int digits : {1, 2, 3}) {
+      const Problem p({67, 136, depth.k, depth.group}, {DType::f32, DType::f16, DType::f16}, random, 5);
+      CAPTURE(depth.k, depth.group, digits);
+      for_levels([&](const Kernels& kernels) {
+        const Array whole = run(p, kernels, digits);
+        for (const std::int64_t piece : {1, 2, 3}) CHECK(run(p, kernels, digits, piece) == whole);
+        for (const std::int64_t rows : {1, 2, 3, 4, 7, 64}) CHECK(run(p, kernels, digits, 0, rows) == whole);
+        if (std::string(kernels.name) != "portable" && std::string(best_kernels().name) != "portable") {
+          CHECK(whole == run(p, *all_kernels()[0], digits));
+        }
+      });
+    }
+}
+
+TEST_CASE("strips: what is not finite spoils its row and no other") {
+  Random random(34);
+  constexpr double bad_values[] = {std::numeric_limits<double>::quiet_NaN(), std::numeric_limits<double>::infinity(),
+                                   -std::numeric_limits<double>::infinity()};
+  for (const DType type : test::kFloatTypes)
+    for (const std::int64_t m : {1, 2, 5, 9, 33})
+      for (const double bad : bad_values)
+        for (const int digits : {1, 2, 3}) {
+          const Problem good({m, 136, 256, 64}, {type, DType::f16, DType::f16}, random);
+          Problem spoiled = good;
+          const std::int64_t row = m / 2;
+          spoiled.x.set(row * 256 + 133, bad);
+          CAPTURE(int(type), m, bad, digits);
+          for_levels([&](const Kernels& kernels) {
+            const Array before = run(good, kernels, digits), after = run(spoiled, kernels, digits);
+            int touched = 0, finite = 0;
+            for (std::int64_t i = 0; i < m * 136; ++i)
+              if (i / 136 != row)
+                touched += before[i] != after[i];
+              else
+                finite += std::isfinite(after[i]);
+            CHECK(touched == 0);
+            CHECK(finite == 0);
+          });
+        }
+}
+
+TEST_CASE("strips: zeros, and numbers at the ends of float32's range") {
+  Random random(35);
+  for (const double factor : {0.0, 1e-45, 1e-39, 1e-38, 1e-30, 1e30, 3e36, 3.4e38}) {
+    Problem p({6, 40, 256, 128}, {DType::f32, DType::f32, DType::f32, true, false}, random);
+    const double scale = factor > 1.0 ? 1e-6 : 1.0;  // y must not overflow
+    for (std::int64_t i = 0; i < p.x.size(); ++i) p.x.set(i, p.x[i] * factor);
+    for (std::int64_t i = 0; i < p.scales.size(); ++i) {
+      p.scales.set(i, p.scales[i] * scale);
+      p.ordered.set(i, p.ordered[i] * scale);
+    }
+    CAPTURE(factor);
+    for (const int digits : {1, 2, 3}) {
+      const Expected expected(p, digits);
+      for_levels([&](const Kernels& kernels) {
+        const Array y = run(p, kernels, digits);
+        CHECK(expected.worst(y) <= 1.0);
+        if (factor == 0.0) {
+          CHECK(std::all_of(expected.y.begin(), expected.y.end(), [](double v) { return v == 0.0; }));
+        }
+      });
+    }
+  }
+}
+
+TEST_CASE("strips: digits at both ends, codes and zeros at theirs: no sum overflows") {
+  Random random(36);
+  for (const double sign : {1.0, -1.0})
+    for (const int code : {0, 15}) {
+      Problem p({5, 40, 512, 256}, {DType::f32, DType::f16, DType::f16, true, false}, random);
+      // Of two digits the lower are by turns 127 and -128 (126.5 * 256 = 127 * 256 - 128).
+      for (std::int64_t i = 0; i < p.x.size(); ++i) p.x.set(i, sign * (i % 2 == 0 ? 1.0 : 126.5 * 256.0 / 32639.0));
+      std::fill(p.q.begin(), p.q.end(), static_cast<std::uint8_t>(code));
+      std::fill(p.z.begin(), p.z.end(), static_cast<std::uint8_t>(15 - code));
+      p.words = test::pack(strips(), p.q, 40, 512);
+      p.zeros = test::pack(strip_zeros(), p.z, 40, 2);
+      for (const int digits : {1, 2, 3}) {
+        const Expected expected(p, digits);
+        for_levels([&](const Kernels& kernels) { CHECK(expected.worst(run(p, kernels, digits)) <= 1.0); });
+      }
+    }
+}
+
+TEST_CASE("strips: the reference and dequantize give what they give for layout gemm") {
+  Random random(37);
+  for (const Shape& shape :
+       {Shape{3, 24, 96, 32}, Shape{2, 136, 256, 128}, Shape{1, 40, 37, 37}, Shape{2, 200, 264, 24}})
+    for (const bool zeros : {true, false})
+      for (const DType type : {DType::f64, DType::f32}) {
+        const Problem p(shape, {type, DType::f16, DType::f32, zeros}, random, 1);
+        const auto [m, n, k, group] = shape;
+        CAPTURE(n, k, group, zeros);
+        const auto gemm = test::pack(test::gemm_layout(), p.q, n, k);
+        const auto gemm_zeros = test::pack(test::gemm_layout(), p.z, n, p.groups);
+        Array y(type, m * n), expected(type, m * n);
+        linear_reference(p.args(y), 0, n);
+        LinearArgs args = p.args(expected);
+        args.strips = false, args.qweight = gemm.data(), args.scales = p.scales.data();
+        args.qzeros = zeros ? gemm_zeros.data() : nullptr;
+        linear_reference(args, 0, n);
+        CHECK(y == expected);
+
+        for (const DType to : test::kFloatTypes) {
+          Array w(to, n * k), same(to, n * k);
+          for_levels([&](const Kernels& kernels) {
+            kernels.dequantize_rows({gemm.data(), args.qzeros, p.scales.data(), w.data(), n, k, group, DType::f16, to},
+                                    0, n);
+            const DequantizeArgs all{p.words.data(),
+                                     zeros ? p.zeros.data() : nullptr,
+                                     p.ordered.data(),
+                                     same.data(),
+                                     n,
+                                     k,
+                                     group,
+                                     DType::f16,
+                                     to,
+                                     true};
+            for (std::int64_t row = 0; row < n; row += all.row_block())
+              kernels.strips_dequantize(all, row, std::min(row + all.row_block(), n));
+            CHECK(different(w, same) == 0);
+          });
+        }
+      }
+}
+
+TEST_CASE("strips: the plan's tiles and turns are what kernels can have") {
+  for_levels([&](const Kernels& kernels) {
+    for (const DType type : {DType::f64, DType::f32, DType::f16, DType::bf16})
+      for (const Precision precision : {Precision::exact, Precision::int16, Precision::int8})
+        for (const std::int64_t m : {0, 1, 4, 5, 64, 65, 513, 1 << 20})
+          for (const std::int64_t n : {0, 8, 40, 4096})
+            for (const std::int64_t k : {0, 1, 4096, 1 << 17}) {
+              const LinearPlan plan = plan_strips(m, n, k, type, precision, kernels);
+              REQUIRE((plan.tiles * plan.tile >= n && (plan.tiles == 0 || (plan.tiles - 1) * plan.tile < n)));
+              REQUIRE((plan.grain >= 1 && std::strlen(plan.why) > 0));
+              if (type == DType::f64) {
+                REQUIRE(plan.kernel == LinearKernel::reference);
+                continue;
+              }
+              REQUIRE((plan.kernel == LinearKernel::strips && std::string(plan.name) == "strips"));
+              REQUIRE(plan.digits == (precision == Precision::int8                          ? 1
+                                      : precision == Precision::exact && type == DType::f32 ? 3
+                                                                                            : 2));
+              const int most = kernels.strips_rows[plan.digits - 1];
+              REQUIRE((plan.tile_rows >= 1 && plan.tile_rows <= most && plan.tile == kStripColumns));
+              REQUIRE((plan.rows >= most && plan.rows <= kStripsRows && plan.rows % most == 0));
+              REQUIRE((m == 0 ||
+                       ceil_div(std::min(m, plan.rows), plan.tile_rows) == ceil_div(std::min(m, plan.rows), most)));
+            }
+  });
+}
