@@ -17,6 +17,7 @@ try:
     from awq_ext.auto import AutoAWQForCausalLM
     from awq_ext.checkpoint import load_quantized, save_quantized
     from awq_ext.convert import convert
+    from awq_ext.functional import set_cpu_activation
     from awq_ext.linear import AwqLinear
     from awq_ext.quantizer import quantize
     from awq_ext.swap import replace_linears
@@ -51,5 +52,6 @@ __all__ = [
     "quantize",
     "replace_linears",
     "save_quantized",
+    "set_cpu_activation",
     "verify",
 ]

@@ -76,7 +76,7 @@ def load_quantized(
     """Load a quantized checkpoint as a transformers causal language model, in eval mode, on ``device``.
 
     The checkpoint may be in any layout of :func:`awq_ext.layouts.layouts`; the tensors tell which. Its quantized
-    linears become AwqLinear with the same codes, zeros and scales, in that module's layout (``gemm``). Their scales
+    linears become AwqLinear with the same codes, zeros and scales, in the layout for the device. Their scales
     and biases keep their stored dtypes, since rounding float16 scales to bfloat16 would change every weight. The same
     holds for the activations that have ``scales`` in the files and divide by them
     (:class:`awq_ext.scaled.ScaledActivation`). All other weights are cast to ``dtype``: float32, float16 or bfloat16,
@@ -87,7 +87,7 @@ def load_quantized(
     UnsupportedModelError if transformers has no such causal language model, ValueError for another dtype.
     """
     stored = Checkpoint.open(path_or_repo, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only)
-    checkpoint = Converted(stored, layouts()["gemm"])  # the layout that AwqLinear has
+    checkpoint = Converted(stored, layouts()["gemm"])  # the layout that AwqLinear is filled in
     if dtype is None:
         dtype = _stored_dtype(checkpoint)
     if dtype not in DTYPES.values():
@@ -99,7 +99,7 @@ def load_quantized(
     insert_scaled_activations(checkpoint, model)
     places = Places(checkpoint, model, dtype)
     places.fill(places.of, device)
-    model.to(torch.device(device))  # type: ignore[arg-type]  # the buffers that are in no file
+    model.to(torch.device(device))  # type: ignore[arg-type]  # the buffers that are in no file; linears repack
     check_filled(model)
     model.config.quantization_config = replace(stored.quant, version="gemm", zero_point=True).to_dict()
     return model

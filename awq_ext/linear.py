@@ -1,25 +1,36 @@
 """AwqLinear: the module that stands in for nn.Linear."""
 
 # No "from __future__ import annotations" here: TorchScript reads the annotations of AwqLinear as types.
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from awq_ext import ops
 from awq_ext.functional import linear
+from awq_ext.layouts import scales_from_strips, scales_to_strips
 
 W_BIT = 4
 PACK = 8  # codes in one int32 word
+PACKED = ("qweight", "qzeros", "scales")  # what a layout arranges
 
 
 class AwqLinear(nn.Module):
-    """A linear layer with 4-bit weights, under AutoAWQ's buffer names and in its ``gemm`` layout.
+    """A linear layer with 4-bit weights that speaks AutoAWQ's names and ``gemm`` layout to the outside.
 
-    Buffers (n = out_features, k = in_features, G = k / group_size):
+    Its state dict (n = out_features, k = in_features, G = k / group_size):
 
     * ``qweight`` int32 [k, n/8], ``qzeros`` int32 [G, n/8], ``scales`` float [G, n], ``bias`` float [n] or None.
 
-    ``.to(dtype)`` casts scales and bias only. The buffers are uninitialised until a state dict is loaded; make a
-    filled module with :meth:`from_linear`. Layout: AutoAWQ ``awq/modules/linear/gemm.py``.
+    In memory the weight is there once. On a CPU it lies in ``layout`` "strips", which the kernels read as fast as
+    memory gives it, and the buffers of the first three names hold that; elsewhere, and with a group size that strips
+    cannot have, in "gemm". The state dict is then made when it is asked for, and does not share memory with the module.
+    :meth:`repack` changes the layout by hand, for those who write to the buffers themselves.
+
+    ``activation`` says how exactly a CPU rounds the inputs, see :func:`awq_ext.functional.linear`; None is what
+    :func:`awq_ext.set_cpu_activation` says. ``.to(dtype)`` casts scales and bias only. The buffers are uninitialised
+    until a state dict is loaded; make a filled module with :meth:`from_linear`. Layout: AutoAWQ
+    ``awq/modules/linear/gemm.py``.
 
     Raises ValueError if in_features is not a multiple of group_size or out_features is not a multiple of 8.
     """
@@ -27,6 +38,8 @@ class AwqLinear(nn.Module):
     in_features: int
     out_features: int
     group_size: int
+    layout: str
+    activation: str | None
     qweight: Tensor
     qzeros: Tensor
     scales: Tensor
@@ -49,6 +62,8 @@ class AwqLinear(nn.Module):
         self.in_features = in_features
         self.out_features = out_features
         self.group_size = in_features if group_size == -1 else group_size
+        self.layout = "gemm"
+        self.activation = None
         groups = in_features // self.group_size
         words = out_features // PACK
         self.register_buffer("qweight", torch.empty(in_features, words, dtype=torch.int32, device=device))
@@ -58,10 +73,67 @@ class AwqLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.jit.is_scripting():  # TorchScript compiles neither autograd Functions nor keyword-only defaults
+            activation = self.activation
             return torch.ops.awq_ext.linear(
-                x, self.qweight, self.scales, self.qzeros, self.bias, group_size=self.group_size
+                x,
+                self.qweight,
+                self.scales,
+                self.qzeros,
+                self.bias,
+                group_size=self.group_size,
+                layout=self.layout,
+                precision="exact" if activation is None else activation,
             )
-        return linear(x, self.qweight, self.scales, self.qzeros, self.bias, group_size=self.group_size)
+        return linear(
+            x,
+            self.qweight,
+            self.scales,
+            self.qzeros,
+            self.bias,
+            group_size=self.group_size,
+            layout=self.layout,
+            activation=self.activation,
+        )
+
+    @torch.jit.unused
+    def repack(self, layout: str | None = None) -> "AwqLinear":
+        """Hold the weight in ``layout``, "gemm" or "strips"; None: the one for the device that it is on.
+
+        Raises RuntimeError if strips cannot hold this group size, or the weight is not on a CPU.
+        """
+        if layout is None:
+            tensors = (self.qweight, self.qzeros, self.scales)
+            layout = best_layout(self.group_size, self.in_features, all(t.device.type == "cpu" for t in tensors))
+        if layout != self.layout:
+            self.qweight, self.qzeros, self.scales = self._in_layout(layout)
+            self.layout = layout
+        return self
+
+    def _in_layout(self, layout: str) -> tuple[Tensor, Tensor, Tensor]:
+        """qweight, qzeros and scales in a layout."""
+        n, k, groups = self.out_features, self.in_features, self.scales.shape[0]
+        qweight = ops.repack(self.qweight, src=self.layout, dst=layout)
+        qzeros = ops.repack(self.qzeros, src=f"{self.layout}.zeros", dst=f"{layout}.zeros")
+        if layout == "strips":
+            return qweight, qzeros, scales_to_strips(self.scales)
+        words = n // PACK  # strips are filled up to 32 columns, and to 8 rows
+        return qweight[:k, :words].contiguous(), qzeros[:groups, :words].contiguous(), scales_from_strips(self.scales)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.layout != "gemm":
+            for name, tensor in zip(PACKED, self._in_layout("gemm"), strict=True):
+                destination[prefix + name] = tensor
+
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        self.repack("gemm")  # what a state dict lacks stays as it is
+        super()._load_from_state_dict(*arguments)
+        self.repack()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "AwqLinear":
+        if fn(torch.empty(0, dtype=torch.int32)).device.type != "cpu":
+            self.repack("gemm")
+        return super()._apply(fn, recurse).repack()
 
     @classmethod
     def from_linear(
@@ -101,19 +173,27 @@ class AwqLinear(nn.Module):
         module.qweight = ops.pack(q)
         module.qzeros = ops.pack(zeros)
         module.scales = scales.t().contiguous()
+        module.repack()
         module.bias = None if linear.bias is None else linear.bias.detach().to(scales.dtype, copy=True)
         return module.train(linear.training)
 
     @torch.jit.unused
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weight [n, k] that this layer multiplies with, in ``dtype`` (None: that of scales)."""
-        return ops.dequantize(self.qweight, self.scales, self.qzeros, group_size=self.group_size, dtype=dtype)
+        return ops.dequantize(
+            self.qweight, self.scales, self.qzeros, group_size=self.group_size, layout=self.layout, dtype=dtype
+        )
 
     def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"group_size={self.group_size}"
         )
+
+
+def best_layout(group_size: int, in_features: int, on_cpu: bool) -> str:
+    """The layout in which a weight is multiplied fastest, "strips" or "gemm"."""
+    return "strips" if on_cpu and (group_size % 8 == 0 or group_size == in_features) else "gemm"
 
 
 def why_not(in_features: int, out_features: int, group_size: int) -> str | None:

@@ -640,7 +640,8 @@ def _check_strips(
     _, most = _code_shape(op, qweight, "strips")
     _check(scales.dtype in _FLOATS and scales.dim() == 2, op, "scales", "a float [in_features/group_size, n]", scales)
     groups, n = scales.shape
-    if k is None:
+    # The words say k in whole eights only, and group_size -1 not at all: so that of x counts, if it can be.
+    if k is None or -(-k // 8) * 8 != most or (group_size > 0 and k % group_size):
         k = groups * group_size if group_size > 0 else most
     g = _group(op, group_size, k)
     torch._check(

@@ -12,7 +12,7 @@ forward and keeps no more than their inputs, then runs them backward, each once 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -82,7 +82,7 @@ def tune(
     Raises CalibrationError if the divergence is not finite before anything is tuned, or the model returns no logits.
     """
     order = [i for n in range(passes) for i in torch.randperm(len(batches), generator=generator(seed, n)).tolist()]
-    with _in_float32(model) as dtypes:
+    with _in_gemm_layout(linears), _in_float32(model) as dtypes:
         student = _Student(model, blocks, linears, run)
         optimizer = torch.optim.Adam(student.logs, lr=RATE, betas=(0.9, 0.95))
         for log in student.logs:
@@ -106,6 +106,19 @@ def tune(
             for tensor, value in old:
                 tensor.copy_(value)
     return Tuned(len(order), before, after, kept)
+
+
+@contextmanager
+def _in_gemm_layout(linears: Iterable[nn.Module]) -> Iterator[None]:
+    """While it is open, scales are [groups, n] in natural order."""
+    packed = [linear for linear in linears if isinstance(linear, AwqLinear)]
+    try:
+        for linear in packed:
+            linear.repack("gemm")
+        yield
+    finally:
+        for linear in packed:
+            linear.repack()
 
 
 @contextmanager

@@ -109,15 +109,23 @@ def random_weight(n: int, k: int, group: int, dtype: torch.dtype = torch.float16
     return Weight(q, s, z, g)
 
 
+def digit_rounding(x: Tensor, group: int, limit: float) -> Tensor:
+    """The most that x [..., k] is changed by when it becomes integers up to `limit`, by one step for every 128 values
+    at most of a row and group (csrc/core/strips.h): float64 [..., k]."""
+    segments = [part for whole in x.double().split(group, -1) for part in whole.split(128, -1)]
+    return torch.cat([(part.abs().amax(-1, keepdim=True) / limit / 2).expand_as(part) for part in segments], -1)
+
+
 def linear_bound(
-    x: Tensor, y: Tensor, w: Tensor, bias: Tensor | None, terms: Tensor | None = None
+    x: Tensor, y: Tensor, w: Tensor, bias: Tensor | None, terms: Tensor | None = None, rounding: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """|y - reference| and the bound it must keep, element by element, both float64 [..., n].
 
     The bound is u_out |ref| + c (k + 2) u_acc sum |x| |w| plus half the spacing of the output's subnormals: one
     rounding to the output type, and a chain of k + 2 roundings (products, a scale, a bias) in the accumulator, c = 2.
     `terms` [n, k] replaces |w|: kernels may sum codes and zeros apart (Weight.largest_terms), which shows where
-    nearly all q equal their z, or where there are too few terms for the factor k + 2 to hide it.
+    nearly all q equal their z, or where there are too few terms for the factor k + 2 to hide it. `rounding` [..., k] is
+    the most that elements of x are changed by before they are multiplied.
     """
     x64, k = x.double(), w.shape[1]
     reference = x64 @ w.t()
@@ -126,6 +134,8 @@ def linear_bound(
         reference, magnitude = reference + bias.double(), magnitude + bias.double().abs()
     u_acc = UNIT_ROUNDOFF[torch.float64 if x.dtype == torch.float64 else torch.float32]
     bound = UNIT_ROUNDOFF[y.dtype] * reference.abs() + 2 * (k + 2) * u_acc * magnitude + SMALLEST[y.dtype] / 2
+    if rounding is not None:
+        bound = bound + rounding @ w.abs().t() * (1 + UNIT_ROUNDOFF[y.dtype])
     return (y.double() - reference).abs(), bound
 
 

@@ -12,10 +12,12 @@ import reference as ref
 import torch
 from torch import Tensor, nn
 
+import awq_ext
 from awq_ext import AwqLinear, ops
 
 K, N, GROUP = 64, 24, 16
 BUFFERS = ["qweight", "qzeros", "scales", "bias"]
+UNEVEN = 4  # a group size of which strips would put two into a word
 
 
 def make(bias: bool = True, group_size: int = GROUP, dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Linear:
@@ -41,12 +43,14 @@ def test_from_linear_stays_within_half_a_step(zero_point: bool, group_size: int,
     assert layer.scales.dtype == stored and layer.bias is not None and layer.bias.dtype == stored
     group = K if group_size == -1 else group_size
     assert layer.group_size == group and (layer.in_features, layer.out_features) == (K, N)
-    assert layer.qweight.shape == (K, N // 8) and layer.qweight.dtype == torch.int32
-    assert layer.qzeros.shape == (K // group, N // 8) and layer.qzeros.dtype == torch.int32
-    assert layer.scales.shape == (K // group, N) and layer.bias.shape == (N,)
-    assert all(buffer.is_contiguous() for buffer in layer.buffers())
+    assert layer.layout == "strips" and all(buffer.is_contiguous() for buffer in layer.buffers())
+    state = layer.state_dict()
+    assert state["qweight"].shape == (K, N // 8) and state["qweight"].dtype == torch.int32
+    assert state["qzeros"].shape == (K // group, N // 8) and state["qzeros"].dtype == torch.int32
+    assert state["scales"].shape == (K // group, N) and state["bias"].shape == (N,)
+    assert all(tensor.is_contiguous() for tensor in state.values())
 
-    q, z, s = ref.unpack(layer.qweight), ref.unpack(layer.qzeros), layer.scales.t()
+    q, z, s = ref.unpack(state["qweight"]), ref.unpack(state["qzeros"]), state["scales"].t()
     ref.check_quantized(linear.weight.detach(), q, s, z, group, zero_point)
     dense = ref.Weight(q, s, z, group).dense
     assert torch.equal(layer.dequantize(torch.float32).double(), dense)  # float32 holds (q - z) * s of a half exactly
@@ -56,7 +60,8 @@ def test_from_linear_stays_within_half_a_step(zero_point: bool, group_size: int,
 
     x = randn(5, K, dtype=dtype)
     y = layer(x)
-    error, bound = ref.linear_bound(x, y, dense, layer.bias)
+    rounding = None if dtype == torch.float32 else ref.digit_rounding(x, group, 32639)  # less than x's own type loses
+    error, bound = ref.linear_bound(x, y, dense, layer.bias, rounding=rounding)
     assert y.dtype == dtype and (error <= bound).all()
     # and the layer is near the one it stands for: the mean square of rounding errors is s^2 / 12
     off = (y.double() - linear(x).double()).square().mean().sqrt()
@@ -72,7 +77,8 @@ def test_from_linear_takes_dtype_and_range() -> None:
     whole = torch.tensor([-1.0, 1.0]).expand(N, K // GROUP, 2)
     layer = AwqLinear.from_linear(linear, GROUP, range=whole, dtype=torch.float32)
     assert torch.allclose(layer.scales, torch.full((K // GROUP, N), 2 / 15))
-    assert (AwqLinear.from_linear(linear, GROUP, zero_point=False).qzeros == -0x77777778).all()  # 0x88888888
+    zeros = AwqLinear.from_linear(linear, GROUP, zero_point=False).state_dict()["qzeros"]
+    assert (zeros == -0x77777778).all()  # 0x88888888
 
 
 def test_from_linear_shares_nothing_with_the_linear() -> None:
@@ -182,7 +188,8 @@ def test_load_state_dict() -> None:
     assigned = AwqLinear(K, N, group_size=GROUP, device="meta", dtype=torch.bfloat16)
     assigned.load_state_dict(state, assign=True)
     assert torch.equal(assigned(x), want)
-    assert assigned.scales.dtype == torch.float16 and assigned.qweight.data_ptr() == source.qweight.data_ptr()
+    assert assigned.scales.dtype == torch.float16 and assigned.bias is not None and source.bias is not None
+    assert assigned.layout == "strips" and assigned.bias.data_ptr() == source.bias.data_ptr()
 
     cast = AwqLinear(K, N, group_size=GROUP, dtype=torch.float32)  # without assign the buffer keeps its own dtype
     cast.load_state_dict(source.state_dict())
@@ -316,13 +323,136 @@ def test_repr() -> None:
 
 def test_dequantize_is_what_the_layer_multiplies_with() -> None:
     layer = AwqLinear.from_linear(make(bias=False), GROUP)
-    assert torch.equal(layer(torch.eye(K)).t(), layer.dequantize(torch.float32))
+    torch.testing.assert_close(layer(torch.eye(K)).t(), layer.dequantize(torch.float32), rtol=1e-6, atol=0)
+    state = layer.state_dict()
     assert torch.equal(
         layer.dequantize(torch.float32),
-        ops.dequantize(layer.qweight, layer.scales, layer.qzeros, group_size=GROUP, dtype=torch.float32),
+        ops.dequantize(state["qweight"], state["scales"], state["qzeros"], group_size=GROUP, dtype=torch.float32),
     )
 
 
 def test_parameter_count_tools_see_four_bits() -> None:
-    layer = AwqLinear.from_linear(make(bias=False), GROUP)
-    assert sum(b.numel() * b.element_size() for b in layer.buffers()) == K * N // 2 + (K // GROUP) * N * (2 + 0.5)
+    layer = AwqLinear.from_linear(nn.Linear(K, 64, bias=False), GROUP)
+    assert layer.layout == "strips"
+    assert sum(b.numel() * b.element_size() for b in layer.buffers()) == K * 64 // 2 + (K // GROUP) * 64 * (2 + 0.5)
+
+
+# --- layouts --------------------------------------------------------------------------------------------------------
+
+
+def both(bias: bool = True, group_size: int = GROUP) -> tuple[AwqLinear, AwqLinear]:
+    """The same layer as a CPU holds it, and in the layout of files."""
+    layer = AwqLinear.from_linear(make(bias), group_size)
+    return layer, copy.deepcopy(layer).repack("gemm")
+
+
+def equal_states(a: nn.Module, b: nn.Module) -> bool:
+    x, y = a.state_dict(), b.state_dict()
+    return x.keys() == y.keys() and all(torch.equal(x[name], y[name]) for name in x)
+
+
+@pytest.mark.parametrize("group_size", [8, 16, 32, -1])
+def test_the_layout_is_nobodys_business(group_size: int) -> None:
+    strips, gemm = both(group_size=group_size)
+    assert (strips.layout, gemm.layout) == ("strips", "gemm") and gemm.qweight.shape == (K, N // 8)
+    assert equal_states(strips, gemm) and torch.equal(strips.dequantize(), gemm.dequantize())
+    assert equal_states(strips, copy.deepcopy(gemm).repack("strips"))
+    x = randn(5, K)
+    for layer in (strips, gemm):
+        error, bound = ref.linear_bound(x, layer(x), gemm.dequantize(torch.float32).double(), gemm.bias)
+        assert (error <= bound).all()
+    for dtype in (torch.bfloat16, torch.float32):
+        assert equal_states(copy.deepcopy(strips).to(dtype), copy.deepcopy(gemm).to(dtype))
+
+
+def test_groups_that_strips_cannot_have_stay_as_they_are() -> None:
+    layer = AwqLinear.from_linear(make(), UNEVEN)
+    assert layer.layout == "gemm" and layer(randn(2, K)).shape == (2, N)
+    with pytest.raises(RuntimeError, match=r"strips.*multiple of 8"):
+        layer.repack("strips")(randn(2, K))
+
+
+def test_one_odd_group_is_filled_up() -> None:
+    linear = nn.Linear(20, N)
+    layer = AwqLinear.from_linear(linear, -1)
+    assert layer.layout == "strips" and layer.dequantize().shape == (N, 20)
+    assert layer.state_dict()["qweight"].shape == (20, N // 8)
+    x = randn(3, 20)
+    error, bound = ref.linear_bound(x, layer(x), layer.dequantize(torch.float32).double(), layer.bias)
+    assert (error <= bound).all()
+
+
+def test_a_partial_state_leaves_the_rest() -> None:
+    layer, _ = both()
+    other = AwqLinear.from_linear(make(seed=1), GROUP)
+    before, new = layer.state_dict(), other.state_dict()
+    layer.load_state_dict({"scales": new["scales"]}, strict=False)
+    after = layer.state_dict()
+    assert layer.layout == "strips" and torch.equal(after["scales"], new["scales"])
+    assert all(torch.equal(after[name], before[name]) for name in ("qweight", "qzeros", "bias"))
+
+
+def test_a_skeleton_is_filled_tensor_by_tensor() -> None:
+    state = both()[0].state_dict()
+    layer = AwqLinear(K, N, group_size=GROUP, device="meta")
+    for name in ("qzeros", "bias", "scales"):
+        layer.load_state_dict({name: state[name]}, strict=False, assign=True)
+        assert layer.layout == "gemm"
+    layer.load_state_dict({"qweight": state["qweight"]}, strict=False, assign=True)
+    assert layer.layout == "strips" and equal_states(layer, both()[0])
+
+
+def test_what_leaves_the_cpu_is_gemm() -> None:
+    layer = both()[0].to("meta")
+    assert layer.layout == "gemm" and layer.qweight.shape == (K, N // 8)
+    assert layer.to_empty(device="cpu").layout == "strips"
+
+
+def test_a_state_dict_is_a_copy_and_a_shared_layer_stays_shared() -> None:
+    layer = both()[0]
+    model = nn.ModuleDict({"a": layer, "b": layer})
+    assert torch.equal(model.state_dict()["a.qweight"], model.state_dict()["b.qweight"])
+    state = layer.state_dict()
+    state["qweight"].zero_()
+    assert layer.state_dict()["qweight"].any()
+    layer.share_memory()
+    assert layer.layout == "strips" and layer.qweight.is_shared()
+
+
+# --- activation -----------------------------------------------------------------------------------------------------
+
+
+def error_of(layer: AwqLinear, x: Tensor) -> float:
+    """Root mean square of the error, as a share of that of the result."""
+    want = x.double() @ layer.dequantize(torch.float32).double().t()
+    return float((layer(x).double() - want).square().mean().sqrt() / want.square().mean().sqrt())
+
+
+def test_activation_says_how_exactly_inputs_are_rounded() -> None:
+    layer = AwqLinear.from_linear(nn.Linear(1024, 64, bias=False))
+    x = randn(8, 1024)
+    exact = error_of(layer, x)
+    try:
+        awq_ext.set_cpu_activation("int8")
+        coarse = error_of(layer, x)
+        layer.activation = "int16"  # what the layer says comes first
+        middle = error_of(layer, x)
+    finally:
+        awq_ext.set_cpu_activation("exact")
+    assert exact < 1e-6 < 5e-6 < middle < 1e-4 < 3e-3 < coarse < 1.5e-2
+    layer.activation = None
+    assert error_of(layer, x) == exact
+    try:
+        torch.set_float32_matmul_precision("high")
+        assert error_of(layer, x) == middle
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    with pytest.raises(ValueError, match=r"expected one of exact, int16, int8, got 'int4'"):
+        awq_ext.set_cpu_activation("int4")
+
+
+def test_a_scripted_layer_keeps_its_activation() -> None:
+    layer = AwqLinear.from_linear(nn.Linear(256, 32))
+    layer.activation = "int8"
+    x = randn(3, 256)
+    assert torch.equal(torch.jit.script(layer)(x), layer(x))

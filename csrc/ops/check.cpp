@@ -126,7 +126,7 @@ std::int64_t group_of(const char* op, std::int64_t group_size, std::int64_t k) {
 
 namespace {
 
-/// k is that of x, or -1: what scales and group_size say.
+/// k is that of x, or -1: the words say it in whole eights only, and group_size -1 not at all.
 WeightShape check_strips(const char* op, const Tensor& qweight, const Tensor& scales, const OptionalTensor& qzeros,
                          std::int64_t group_size, std::int64_t k) {
   STD_TORCH_CHECK(qweight.is_cpu(), "awq_ext::", op, ": layout 'strips' is for CPUs, got qweight ", describe(qweight),
@@ -136,7 +136,8 @@ WeightShape check_strips(const char* op, const Tensor& qweight, const Tensor& sc
   STD_TORCH_CHECK(scales.dim() == 2, "awq_ext::", op, ": scales must be [in_features/group_size, out_features], got ",
                   describe(scales));
   const std::int64_t groups = scales.size(0), n = scales.size(1);
-  if (k < 0) k = group_size > 0 ? groups * group_size : most.k;
+  const bool possible = core::ceil_div(k, 8) * 8 == most.k && (group_size < 1 || k % group_size == 0);
+  if (k < 0 || !possible) k = group_size > 0 ? groups * group_size : most.k;
   const std::int64_t group = group_of(op, group_size, k);
   STD_TORCH_CHECK(core::strips_can_have(k, group), "awq_ext::", op,
                   ": layout 'strips' needs a group_size that is a multiple of 8, or one group; got ", group_size,
