@@ -18,7 +18,7 @@ try:
     from awq_ext.checkpoint import load_quantized, save_quantized
     from awq_ext.convert import convert
     from awq_ext.functional import set_cpu_activation
-    from awq_ext.linear import AwqLinear
+    from awq_ext.linear import AwqLinear, explain
     from awq_ext.quantizer import quantize
     from awq_ext.swap import replace_linears
     from awq_ext.verify import verify
@@ -46,6 +46,7 @@ __all__ = [
     "UnsupportedModelError",
     "convert",
     "evaluate",
+    "explain",
     "functional",
     "load_quantized",
     "ops",

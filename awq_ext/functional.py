@@ -67,6 +67,15 @@ def set_cpu_activation(activation: str) -> None:
     _cpu_activation = activation
 
 
+def resolve_activation(activation: str | None, dtype: torch.dtype) -> str:
+    """What the operator is told, for a call or layer that says ``activation`` and inputs of this dtype."""
+    if activation is None:
+        activation = _cpu_activation
+    if activation == "exact" and dtype == torch.float32 and not torch.compiler.is_compiling():  # which cannot ask
+        return "exact" if torch.get_float32_matmul_precision() == "highest" else "int16"
+    return activation
+
+
 def linear(
     x: Tensor,
     qweight: Tensor,
@@ -88,10 +97,7 @@ def linear(
     castable = x.is_floating_point() and x.dtype != torch.float64 and not x.is_meta
     if castable and torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
-    if activation is None:
-        activation = _cpu_activation
-    if activation == "exact" and x.dtype == torch.float32 and not torch.compiler.is_compiling():  # which cannot ask
-        activation = "exact" if torch.get_float32_matmul_precision() == "highest" else "int16"
+    activation = resolve_activation(activation, x.dtype)
     if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
         return _Linear.apply(x, qweight, scales, qzeros, bias, group_size, layout, activation)
     return torch.ops.awq_ext.linear(

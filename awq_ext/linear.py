@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from awq_ext import ops
-from awq_ext.functional import linear
+from awq_ext import _library, ops
+from awq_ext.functional import linear, resolve_activation
 from awq_ext.layouts import scales_from_strips, scales_to_strips
 
 W_BIT = 4
@@ -194,6 +194,18 @@ class AwqLinear(nn.Module):
 def best_layout(group_size: int, in_features: int, on_cpu: bool) -> str:
     """The layout in which a weight is multiplied fastest, "strips" or "gemm"."""
     return "strips" if on_cpu and (group_size % 8 == 0 or group_size == in_features) else "gemm"
+
+
+def explain(layer: AwqLinear, m: int, dtype: torch.dtype = torch.float32) -> str:
+    """How the layer multiplies ``m`` rows of inputs in ``dtype``: the kernel, and why that one. A line of text."""
+    if layer.qweight.device.type != "cpu":
+        return f"{layer.layout} on {layer.qweight.device}: the weight is dequantized to {dtype}, and torch multiplies"
+    precision = resolve_activation(layer.activation, dtype)
+    plan = _library.native().plan_linear(
+        m, layer.out_features, layer.in_features, str(dtype).removeprefix("torch."), layer.layout, precision
+    )
+    pieces = f"{plan['tiles']} pieces of {plan['tile']} columns"
+    return f"{plan['kernel']} at level {plan['level']}, {pieces} over {torch.get_num_threads()} threads: {plan['why']}"
 
 
 def why_not(in_features: int, out_features: int, group_size: int) -> str | None:

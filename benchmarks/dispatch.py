@@ -14,10 +14,10 @@ def main() -> None:
     torch.set_grad_enabled(False)
     layer = AwqLinear.from_linear(torch.nn.Linear(8, 8, bias=False), 8)
     x, weight = torch.randn(1, 8), torch.randn(8, 8)
-    buffers = (layer.qweight, layer.scales, layer.qzeros)
+    buffers, options = (layer.qweight, layer.scales, layer.qzeros), {"group_size": 8, "layout": layer.layout}
     times = take_turns(
         {
-            "torch.ops.awq_ext.linear": lambda i: torch.ops.awq_ext.linear(x, *buffers, None, group_size=8),
+            "torch.ops.awq_ext.linear": lambda i: torch.ops.awq_ext.linear(x, *buffers, None, **options),
             "AwqLinear": lambda i: layer(x),
             "torch.nn.functional.linear": lambda i: F.linear(x, weight),
         }

@@ -456,3 +456,15 @@ def test_a_scripted_layer_keeps_its_activation() -> None:
     layer.activation = "int8"
     x = randn(3, 256)
     assert torch.equal(torch.jit.script(layer)(x), layer(x))
+
+
+def test_explain_says_which_kernel_and_why() -> None:
+    strips, gemm = both()
+    assert awq_ext.explain(strips, 1).startswith("strips at level ")
+    assert "1 pieces of 32 columns" in awq_ext.explain(strips, 1) and "24 bits" in awq_ext.explain(strips, 1)
+    assert "int16" in awq_ext.explain(strips, 1, torch.bfloat16)
+    strips.activation = "int8"
+    assert "int8" in awq_ext.explain(strips, 512)
+    assert awq_ext.explain(gemm, 1).startswith("decode at level ") and "many rows" in awq_ext.explain(gemm, 64)
+    assert "float64" in awq_ext.explain(strips, 1, torch.float64)
+    assert "gemm on meta" in awq_ext.explain(gemm.to("meta"), 1)
