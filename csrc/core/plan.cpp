@@ -12,8 +12,8 @@ constexpr std::int64_t kWorkPerThread = 1 << 16;
 // (benchmarks/linear_cpu.py).
 constexpr std::int64_t kDecodeRows = 4;
 
-// Digits of x that are prepared at a time: they are read again for every strip, and must stay in a cache.
-constexpr std::int64_t kPreparedBytes = std::int64_t{8} << 20;
+// Digits of x that are prepared at a time: they are read again for every strip, and should stay in the second cache.
+constexpr std::int64_t kPreparedBytes = std::int64_t{1} << 20;
 
 LinearPlan plan_reference(std::int64_t n) {
   LinearPlan plan{};

@@ -55,6 +55,26 @@ inline Floats fma(Floats a, Floats b, Floats c) {
 #endif
 }
 
+inline std::int32_t largest_of(Ints v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_epi32(reinterpret_cast<__m512i>(v));
+#else
+  std::int32_t largest = v[0];
+  for (int c = 1; c < kLanes; ++c) largest = v[c] > largest ? v[c] : largest;
+  return largest;
+#endif
+}
+
+inline std::int32_t sum_of(Ints v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_epi32(reinterpret_cast<__m512i>(v));
+#else
+  std::int32_t sum = 0;
+  for (int c = 0; c < kLanes; ++c) sum += v[c];
+  return sum;
+#endif
+}
+
 /// The bits of floats, rounded to bfloat16: float_to_bfloat of each in the upper half.
 inline Words round_to_bfloat(Words bits) {
   const Words nearest = bits + 0x7fffu + ((bits >> 16) & 1u), quiet = bits | 0x400000u;

@@ -46,9 +46,11 @@ struct Segments {
     return i / in_group * group + i % in_group * kSegment;
   }
   AWQ_HOST_DEVICE constexpr std::int64_t size(std::int64_t i) const {
-    const std::int64_t rest = group - i % in_group * kSegment;
+    const std::int64_t rest = size_from(i);
     return rest < kSegment ? rest : kSegment;
   }
+  /// Values from segment i on to the end of its group.
+  AWQ_HOST_DEVICE constexpr std::int64_t size_from(std::int64_t i) const { return group - i % in_group * kSegment; }
 };
 
 /// Some rows of a call, prepared: tiles of tile_rows rows each, the last filled up with zeros.

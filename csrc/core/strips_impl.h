@@ -46,8 +46,7 @@ inline Rounded round_segment(const float* x, std::int64_t count, std::int8_t (*d
         reinterpret_cast<Ints>(load_words(reinterpret_cast<const std::uint32_t*>(x + i), kLanes) & 0x7fffffffu);
     largest = bits > largest ? bits : largest;
   }
-  std::int32_t most = 0;
-  for (int c = 0; c < kLanes; ++c) most = largest[c] > most ? largest[c] : most;
+  const std::int32_t most = largest_of(largest);
   if (most >= 0x7f800000) {  // a step of NaN makes the whole row of y NaN
     for (int d = 0; d < kDigits; ++d) std::memset(digits[d], 0, kSegment);
     return {std::numeric_limits<float>::quiet_NaN(), 0.0f};
@@ -67,15 +66,12 @@ inline Rounded round_segment(const float* x, std::int64_t count, std::int8_t (*d
     sum += rest;
 #pragma GCC unroll 3
     for (int d = kDigits - 1; d >= 0; --d) {
-      const Ints digit = ((rest + 128) & 255) - 128;
-      const SmallBytes bytes = __builtin_convertvector(digit, SmallBytes);
+      const SmallBytes bytes = __builtin_convertvector(rest, SmallBytes);  // rest mod 256, as -128 .. 127
       std::memcpy(digits[d] + i, &bytes, sizeof bytes);
-      rest = (rest - digit) >> 8;
+      rest = (rest + 128) >> 8;
     }
   }
-  std::int32_t total = 0;
-  for (int c = 0; c < kLanes; ++c) total += sum[c];
-  return {step, static_cast<float>(total)};
+  return {step, static_cast<float>(sum_of(sum))};
 }
 
 template <int kDigits>
@@ -100,9 +96,11 @@ inline void prepare_tile(const StripsWork& work, std::int64_t tile) {
         std::memset(digits, 0, sizeof digits);
       }
       std::uint32_t* out = words + work.words(begin) + r;
-      for (int d = 0; d < kDigits; ++d)
-        for (std::int64_t quad = 0; quad < 2 * octets; ++quad, out += rows)
-          std::memcpy(out, digits[d] + 4 * quad, sizeof *out);
+      for (int d = 0; d < kDigits; ++d, out += 2 * octets * rows) {
+        if (rows == 1) std::memcpy(out, digits[d], static_cast<std::size_t>(octets * kOctet));
+        for (std::int64_t quad = 0; quad < 2 * octets && rows > 1; ++quad)
+          std::memcpy(out + quad * rows, digits[d] + 4 * quad, sizeof *out);
+      }
       parameters[work.floats(i) + r] = rounded.step;
       parameters[work.floats(i) + rows + r] = rounded.sum;
     }
@@ -247,8 +245,9 @@ void multiply_tile(const StripsWork& work, const Segments& segments, const Strip
   const std::uint32_t* x = work.x + tile * work.words(work.args->k) + work.words(segments.begin(block.first));
   const float* parameters = work.parameters + tile * work.floats(segments.count) + work.floats(block.first);
   const std::uint8_t* w = block.w;
-  for (std::int64_t i = block.first; i < block.last; ++i) {
-    const std::int64_t octets = ceil_div(segments.size(i), kOctet);
+  for (std::int64_t i = block.first, rest = segments.size_from(i); i < block.last; ++i) {
+    const std::int64_t octets = ceil_div(rest < kSegment ? rest : kSegment, kOctet);
+    rest = rest > kSegment ? rest - kSegment : segments.group;
     for (std::int64_t part = 0; part < kStripColumns; part += kPart)
       multiply_segment<kRows, kDigits>(w + part * 4, octets, x, block.ahead, parameters,
                                        block.scales[i - block.first] + part, block.zeros[i - block.first] + part,

@@ -86,8 +86,7 @@ struct Problem {
 
 /// y in float64, and what |y - expected| may be.
 struct Expected {
-  Expected(const Problem& p, int digits)
-      : y(static_cast<std::size_t>(p.shape.m * p.shape.n)), bound(y.size()) {
+  Expected(const Problem& p, int digits) : y(static_cast<std::size_t>(p.shape.m * p.shape.n)), bound(y.size()) {
     const auto [m, n, k, group] = p.shape;
     const double limit = digits == 1 ? 127.0 : digits == 2 ? 32639.0 : 127.0 * 65536.0;
     std::int64_t segments = 0;
