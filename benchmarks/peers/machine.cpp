@@ -1,0 +1,98 @@
+// What the machine can do, as a driver (turns.h): c++ -O3 -march=native -pthread machine.cpp
+//   "read N K M ...": seconds to read N K M bytes of memory that no cache holds
+//   "dot N K M ...":  seconds of N K M multiply-adds of 8-bit integers in registers, by the best instruction there is
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <thread>
+#include <vector>
+
+#include "turns.h"
+
+namespace {
+
+using awq::turns::rate;
+using awq::turns::Request;
+
+typedef std::int64_t Line __attribute__((vector_size(64)));
+
+constexpr std::size_t kLines = (std::size_t{512} << 20) / sizeof(Line);
+
+// In several streams: hardware prefetches within a page only, so with one stream a core waits at each page's begin.
+constexpr std::size_t kStreams = 4;
+constexpr std::size_t kChunk = 4096;
+
+// Reads the next kChunk lines of each stream of a thread's share; returns bytes.
+double read(const Line* share, std::size_t lines, std::size_t& at) {
+  const std::size_t stream = lines / kStreams;
+  if (at + kChunk > stream) at = 0;
+  Line a[2 * kStreams] = {};
+  for (std::size_t i = at; i < at + kChunk; i += 2) {
+    for (std::size_t s = 0; s < kStreams; ++s) {
+      a[2 * s] |= share[s * stream + i];
+      a[2 * s + 1] |= share[s * stream + i + 1];
+    }
+  }
+  at += kChunk;
+  asm volatile("" : : "r"(a) : "memory");  // all of it is wanted
+  return kStreams * kChunk * sizeof(Line);
+}
+
+// A step is inline assembly, so that no compiler drops it, hoists it or keeps sums in memory.
+#if defined(__AVX512VNNI__)
+constexpr char kDot[] = "vpdpbusd-512";
+typedef Line Sum;
+inline void step(Sum& sum, Sum x) { asm volatile("vpdpbusd %1, %1, %0" : "+v"(sum) : "v"(x)); }
+#elif defined(__AVXVNNI__)
+constexpr char kDot[] = "vpdpbusd-256";
+typedef std::int64_t Sum __attribute__((vector_size(32)));
+inline void step(Sum& sum, Sum x) { asm volatile("%{vex%} vpdpbusd %1, %1, %0" : "+x"(sum) : "x"(x)); }
+#elif defined(__AVX2__)
+constexpr char kDot[] = "vpmaddubsw-256";
+typedef std::int64_t Sum __attribute__((vector_size(32)));
+inline void step(Sum& sum, Sum x) {
+  Sum t;
+  asm volatile("vpmaddubsw %2, %2, %1\n vpmaddwd %2, %1, %1\n vpaddd %1, %0, %0" : "+x"(sum), "=&x"(t) : "x"(x));
+}
+#elif defined(__ARM_FEATURE_DOTPROD)
+constexpr char kDot[] = "sdot-128";
+typedef std::int64_t Sum __attribute__((vector_size(16)));
+inline void step(Sum& sum, Sum x) { asm volatile("sdot %0.4s, %1.16b, %1.16b" : "+w"(sum) : "w"(x)); }
+#else
+#error no instruction for the peak of integer products is known here: add one
+#endif
+
+double dot() {
+  Sum x = {}, a = x, b = x, c = x, d = x, e = x, f = x, g = x, h = x, i = x, j = x, k = x, l = x;
+  for (int times = 0; times < 20000; ++times) {
+    step(a, x), step(b, x), step(c, x), step(d, x), step(e, x), step(f, x);
+    step(g, x), step(h, x), step(i, x), step(j, x), step(k, x), step(l, x);
+  }
+  return 20000.0 * 12 * sizeof(Sum);
+}
+
+}  // namespace
+
+int main() {
+  std::unique_ptr<Line, decltype(&std::free)> memory(nullptr, std::free);
+  const std::string about = std::string("machine ") + kDot + " " + __VERSION__;
+  return awq::turns::serve(about.c_str(), [&](const Request& r) {
+    if (!memory) {
+      memory.reset(static_cast<Line*>(std::aligned_alloc(sizeof(Line), kLines * sizeof(Line))));
+      std::memset(memory.get(), 1, kLines * sizeof(Line));
+    }
+    std::vector<double> rates(r.threads);
+    std::vector<std::thread> threads;
+    for (int t = 0; t < r.threads; ++t) {
+      threads.emplace_back([&, t] {
+        const std::size_t lines = kLines / r.threads;
+        std::size_t at = 0;
+        rates[t] = r.type == "dot" ? rate(r.seconds, dot)
+                                   : rate(r.seconds, [&] { return read(memory.get() + t * lines, lines, at); });
+      });
+    }
+    double sum = 0;
+    for (int t = 0; t < r.threads; ++t) threads[t].join(), sum += rates[t];
+    std::printf("%.9g 0 0 %s\n", double(r.n) * double(r.k) * double(r.m) / sum, r.type == "dot" ? kDot : "memory");
+  });
+}
