@@ -23,11 +23,12 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from common import Turn, repeat, rounds, write
+from common import repeat, rounds, write
 from peers.driver import Driver, machine
 from torch import Tensor
 
 from awq_ext import ops
+from awq_ext.layouts import scales_to_strips
 
 SHAPES = ["4096x4096", "11008x4096", "4096x11008", "14336x4096", "32000x4096", "576x1536", "1024x1024"]
 ROWS = [1, 2, 4, 8, 16, 32, 128, 512]
@@ -51,15 +52,16 @@ def copies(*tensors: Tensor) -> list[tuple[Tensor, ...]]:
 def ours(weight: Tensor, group_size: int) -> tuple[dict[str, Contestant], int]:
     """All of `awq_ext`, and the bytes of its weight. What layouts and modes are called is said here only."""
     q, scales, zeros = ops.quantize(weight, group_size=group_size, dtype=torch.float16)
-    packed = ops.pack(q), scales.t().contiguous(), ops.pack(zeros)
-    exact = ops.dequantize(*packed, group_size=group_size, dtype=torch.float32)
+    packed = [ops.pack(q, layout="strips"), scales_to_strips(scales.t()), ops.pack(zeros, layout="strips.zeros")]
+    options: dict[str, Any] = {"group_size": group_size, "layout": "strips"}
+    exact = ops.dequantize(*packed, **options, dtype=torch.float32)
     turns = copies(*packed)
-    linear = torch.ops.awq_ext.linear
 
-    def call(x: Tensor, i: int) -> Tensor:
-        return linear(x, *turns[i % len(turns)], group_size=group_size)
+    def call(precision: str, x: Tensor, i: int) -> Tensor:
+        return torch.ops.awq_ext.linear(x, *turns[i % len(turns)], **options, precision=precision)
 
-    found = {f"awq_ext {name}": Contestant(name, call, exact) for name in ("bfloat16", "float32")}
+    modes = {"bfloat16": "exact", "int8": "int8", "float32": "exact"}
+    found = {f"awq_ext {name}": Contestant(name, partial(call, mode), exact) for name, mode in modes.items()}
     return found, sum(tensor.nbytes for tensor in packed)
 
 
@@ -108,9 +110,9 @@ def measure(
     want = {name: product(x[c.precision][checked], c.weight) for name, c in contestants.items()}
     results = []
     for m in args.rows:
-        read = peaks.turn("read", weight_bytes, 1, 1, args.threads)
-        turns: dict[str, Turn] = {"read": read, "dot": peaks.turn("dot", n, k, m, args.threads)}
-        facts: dict[str, dict[str, Any]] = {"read": {}, "dot": {}}
+        turns = {"read": peaks.turn("read", weight_bytes, 1, 1, args.threads)}
+        turns["dot"] = peaks.turn("dot", n, k, m, args.threads)
+        facts: dict[str, dict[str, Any]] = {}
         at = [checked.index(0), checked.index(m - 1)]
         for name, c in contestants.items():
             rows = x[c.precision][:m]
@@ -123,63 +125,57 @@ def measure(
                 name, answer = f"{library} {kind} ({compiler})", driver.ask(kind, n, k, m, args.threads, 0)
                 facts[name] = {"error": answer.error, "limit": ERROR["int8"], "layout": answer.layout}
                 turns[name] = driver.turn(kind, n, k, m, args.threads)
-        wrong = {name: fact for name, fact in facts.items() if fact.get("error", 0) > fact.pop("limit", 0)}
+        wrong = {name: fact for name, fact in facts.items() if fact["error"] > fact.pop("limit")}
         assert not wrong, f"[{n}, {k}], m = {m}: {wrong}"
-        times: Times = {name: facts[name] | of for name, of in rounds(turns, args.rounds).items()}
-        results.append({"n": n, "k": k, "m": m, "group_size": group_size, "seconds": times})
+        times = rounds(turns, args.rounds)
+        result = {"n": n, "k": k, "m": m, "group_size": group_size}
+        result["peaks"] = {name: times.pop(name) for name in ("read", "dot")}
+        results.append(result | {"seconds": {name: of | facts[name] for name, of in times.items()}})
         show(results[-1])
     return results
 
 
-def better(times: Times) -> Times:
-    """Without the compilers in names: the better one's times."""
+def best(result: dict[str, Any]) -> tuple[Times, str]:
+    """The times without compilers in names, the better one's under each, and the name of the fastest peer in 4 bits."""
     found: Times = {}
-    for name, of in times.items():
-        name = name.partition(" (")[0]
-        if name not in found or of["median"] < found[name]["median"]:
-            found[name] = of
-    return found
-
-
-def best_peer(times: Times) -> str:
-    return min(
-        (name for name in times if name.startswith(("torch int4", "ggml", "ik"))),
-        key=lambda name: times[name]["median"],
-    )
+    for name, of in result["seconds"].items():
+        short = name.partition(" (")[0]
+        if short not in found or of["median"] < found[short]["median"]:
+            found[short] = of
+    peers = [name for name in found if not name.startswith(("awq_ext", "torch dense"))]
+    return found, min(peers, key=lambda name: found[name]["median"])
 
 
 def show(result: dict[str, Any]) -> None:
     """The case, a line for each contestant."""
-    times = better(result["seconds"])
-    read, dot, peer = (times[name]["median"] for name in ("read", "dot", best_peer(times)))
-    heading = f"[{result['n']}, {result['k']}] group {result['group_size']}, m = {result['m']}"
+    times, peer = best(result)
+    limits = [result["peaks"]["read"]["median"], result["peaks"]["dot"]["median"], times[peer]["median"]]
     print(
-        f"\n{heading:38} {'us':>9} {'p10':>9} {'p90':>9} {'of read':>8} {'of dot':>7} {'x best peer':>12} {'error':>8}"
+        f"\n[{result['n']}, {result['k']}], group {result['group_size']}, m = {result['m']}: "
+        f"read {limits[0] * 1e6:.1f} us, dot {limits[1] * 1e6:.1f} us\n{'':22} {'us':>9} {'p10':>9} {'p90':>9} "
+        f"{'of read':>8} {'of dot':>8} {'x peer':>8} {'error':>8}"
     )
     for name, of in times.items():
-        at = [f"{of[key] * 1e6:9.1f}" for key in ("median", "p10", "p90")]
-        error = f"{of['error']:8.1e}" if "error" in of else ""
-        ratios = f"{read / of['median']:8.2f} {dot / of['median']:7.2f} {peer / of['median']:12.2f}"
-        print(f"  {name:36} {' '.join(at)} {ratios} {error}", flush=True)
+        at = " ".join(f"{of[key] * 1e6:9.1f}" for key in ("median", "p10", "p90"))
+        ratios = " ".join(f"{limit / of['median']:8.2f}" for limit in limits)
+        print(f"  {name:20} {at} {ratios} {of['error']:8.1e}", flush=True)
 
 
 def summary(results: list[dict[str, Any]]) -> None:
-    """Of each of ours, a line for each case: the share of what limits it, and times as fast as the best peer."""
+    """A line for each case: of each of ours the time, the share of the peak, the speed beside the peer's."""
     names = [name for name in results[0]["seconds"] if name.startswith("awq_ext")]
-    print(f"\n{'':28} " + " ".join(f"{name.removeprefix('awq_ext '):>22}" for name in names) + "  best peer")
-    print(f"{'n x k, group, m':28} " + " ".join(f"{'us':>8} {'share':>6} {'speed':>6}" for _ in names))
+    print(f"\n{'':26} " + " ".join(f"{name.removeprefix('awq_ext '):>22}" for name in names))
+    print(f"{'n x k, group, m':26} " + f"{'us':>8} {'share':>6} {'speed':>6} " * len(names) + " best peer")
     for result in results:
-        times, m = better(result["seconds"]), result["m"]
-        peer, limit = best_peer(times), "read" if m <= 16 else "dot"
-        columns = []
+        times, peer = best(result)
+        limit = result["peaks"]["read" if result["m"] <= 16 else "dot"]["median"]
+        line = f"{result['n']} x {result['k']}, {result['group_size']}, {result['m']}"
+        line = f"{line:26} "
         for name in names:
-            ours = times[name]["median"]
-            columns.append(
-                f"{ours * 1e6:8.0f} {times[limit]['median'] / ours:6.2f} {times[peer]['median'] / ours:6.2f}"
-            )
-        case = f"{result['n']} x {result['k']}, {result['group_size']}, {m}"
-        print(f"{case:28} {' '.join(columns)}  {peer}")
-    print("share: of the read peak up to m = 16, of the dot peak above; speed: times as fast as the best peer")
+            seconds = times[name]["median"]
+            line += f"{seconds * 1e6:8.0f} {limit / seconds:6.2f} {times[peer]['median'] / seconds:6.2f} "
+        print(f"{line} {peer}")
+    print("share: of the peak of reading up to m = 16, of products above; speed: times as fast as the best peer")
 
 
 def main() -> None:
@@ -203,8 +199,8 @@ def main() -> None:
     results: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         peaks = machine(folder)
-        for number, group_size in enumerate(args.group_sizes):
-            for n, k in shapes if number == 0 else shapes[:1]:
+        for n, k in shapes:
+            for group_size in args.group_sizes if (n, k) == shapes[0] else args.group_sizes[:1]:
                 results += measure(n, k, group_size, args, drivers, peaks)
     summary(results)
     about = [driver.about for driver in [*drivers, peaks]]
