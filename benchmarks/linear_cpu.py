@@ -158,7 +158,7 @@ def show(result: dict[str, Any]) -> None:
     for name, of in times.items():
         at = " ".join(f"{of[key] * 1e6:9.1f}" for key in ("median", "p10", "p90"))
         ratios = " ".join(f"{limit / of['median']:8.2f}" for limit in limits)
-        print(f"  {name:20} {at} {ratios} {of['error']:8.1e}", flush=True)
+        print(f"  {name:20} {at} {ratios} {of['error']:8.1e} {of.get('layout', '')}", flush=True)
 
 
 def summary(results: list[dict[str, Any]]) -> None:

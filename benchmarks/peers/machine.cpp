@@ -1,9 +1,6 @@
-// What the machine can do, as a driver (turns.h): c++ -O3 -march=native -pthread machine.cpp
+// What an x86 machine can do, as a driver (turns.h): c++ -O3 -march=native -pthread machine.cpp
 //   "read N K M ...": seconds to read N K M bytes of memory that no cache holds
 //   "dot N K M ...":  seconds of N K M multiply-adds of 8-bit integers in registers, by the best instruction there is
-#include <cstdlib>
-#include <cstring>
-#include <memory>
 #include <thread>
 #include <vector>
 
@@ -41,26 +38,19 @@ double read(const Line* share, std::size_t lines, std::size_t& at) {
 // A step is inline assembly, so that no compiler drops it, hoists it or keeps sums in memory.
 #if defined(__AVX512VNNI__)
 constexpr char kDot[] = "vpdpbusd-512";
-typedef Line Sum;
-inline void step(Sum& sum, Sum x) { asm volatile("vpdpbusd %1, %1, %0" : "+v"(sum) : "v"(x)); }
+constexpr int kBytes = 64;
+#define AWQ_DOT "vpdpbusd %1, %1, %0"
 #elif defined(__AVXVNNI__)
 constexpr char kDot[] = "vpdpbusd-256";
-typedef std::int64_t Sum __attribute__((vector_size(32)));
-inline void step(Sum& sum, Sum x) { asm volatile("%{vex%} vpdpbusd %1, %1, %0" : "+x"(sum) : "x"(x)); }
-#elif defined(__AVX2__)
-constexpr char kDot[] = "vpmaddubsw-256";
-typedef std::int64_t Sum __attribute__((vector_size(32)));
-inline void step(Sum& sum, Sum x) {
-  Sum t;
-  asm volatile("vpmaddubsw %2, %2, %1\n vpmaddwd %2, %1, %1\n vpaddd %1, %0, %0" : "+x"(sum), "=&x"(t) : "x"(x));
-}
-#elif defined(__ARM_FEATURE_DOTPROD)
-constexpr char kDot[] = "sdot-128";
-typedef std::int64_t Sum __attribute__((vector_size(16)));
-inline void step(Sum& sum, Sum x) { asm volatile("sdot %0.4s, %1.16b, %1.16b" : "+w"(sum) : "w"(x)); }
+constexpr int kBytes = 32;
+#define AWQ_DOT "%{vex%} vpdpbusd %1, %1, %0"
 #else
-#error no instruction for the peak of integer products is known here: add one
+constexpr char kDot[] = "vpmaddubsw-256";
+constexpr int kBytes = 32;
+#define AWQ_DOT "vpmaddubsw %1, %1, %%ymm15\n vpmaddwd %1, %%ymm15, %%ymm15\n vpaddd %%ymm15, %0, %0"
 #endif
+typedef std::int64_t Sum __attribute__((vector_size(kBytes)));
+inline void step(Sum& sum, Sum x) { asm volatile(AWQ_DOT : "+v"(sum) : "v"(x) : "xmm15"); }
 
 double dot() {
   Sum x = {}, a = x, b = x, c = x, d = x, e = x, f = x, g = x, h = x, i = x, j = x, k = x, l = x;
@@ -74,13 +64,9 @@ double dot() {
 }  // namespace
 
 int main() {
-  std::unique_ptr<Line, decltype(&std::free)> memory(nullptr, std::free);
+  const std::vector<Line> memory(kLines, Line{1, 2, 3, 4, 5, 6, 7, 8});
   const std::string about = std::string("machine ") + kDot + " " + __VERSION__;
   return awq::turns::serve(about.c_str(), [&](const Request& r) {
-    if (!memory) {
-      memory.reset(static_cast<Line*>(std::aligned_alloc(sizeof(Line), kLines * sizeof(Line))));
-      std::memset(memory.get(), 1, kLines * sizeof(Line));
-    }
     std::vector<double> rates(r.threads);
     std::vector<std::thread> threads;
     for (int t = 0; t < r.threads; ++t) {
@@ -88,7 +74,7 @@ int main() {
         const std::size_t lines = kLines / r.threads;
         std::size_t at = 0;
         rates[t] = r.type == "dot" ? rate(r.seconds, dot)
-                                   : rate(r.seconds, [&] { return read(memory.get() + t * lines, lines, at); });
+                                   : rate(r.seconds, [&] { return read(memory.data() + t * lines, lines, at); });
       });
     }
     double sum = 0;
