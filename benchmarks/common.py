@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import platform
 import subprocess
@@ -63,6 +64,41 @@ def take_turns(
                 call(counter)
                 counter += 1
             times[name].append((time.perf_counter() - start) / counts[name])
+    return {name: percentiles(values) for name, values in times.items()}
+
+
+Turn = Callable[[float], float]
+"""Measures for about so many seconds, and returns the seconds that one call took."""
+
+
+def repeat(call: Callable[[int], object]) -> Turn:
+    """Turns of a call, with a counter as in `take_turns`. What wakes threads and clocks, 5 ms, is not counted."""
+    counter = itertools.count()
+
+    def turn(seconds: float) -> float:
+        start, calls, passed = time.perf_counter(), 0, 0.0
+        while passed < 0.005:
+            call(next(counter))
+            calls, passed = calls + 1, time.perf_counter() - start
+        if passed < seconds:
+            calls = max(1, round(seconds / passed * calls))
+            start = time.perf_counter()
+            for _ in range(calls):
+                call(next(counter))
+            passed = time.perf_counter() - start
+        return passed / calls
+
+    return turn
+
+
+def rounds(turns: dict[str, Turn], count: int = 5, seconds: float = 0.05) -> dict[str, dict[str, float]]:
+    """Like `take_turns`, for contestants that may be other processes: each has a pause before its turn, in which
+    threads of the one before, that wait for work in a loop, go to sleep."""
+    times: dict[str, list[float]] = {name: [] for name in turns}
+    for _ in range(count):
+        for name, turn in turns.items():
+            time.sleep(0.01)
+            times[name].append(turn(seconds))
     return {name: percentiles(values) for name, values in times.items()}
 
 
