@@ -52,7 +52,7 @@ def student_of(kind: str, monkeypatch: pytest.MonkeyPatch, chunk: int) -> tuple[
     monkeypatch.setattr(tune, "CHUNK", chunk)
     model = quantized(small_model(kind), tune_passes=0).float()
     blocks = list(model.model.layers)
-    linears = {m: m.group_size for m in model.modules() if isinstance(m, AwqLinear)}
+    linears = {m.repack("gemm"): m.group_size for m in model.modules() if isinstance(m, AwqLinear)}
     with torch.no_grad():
         inputs = BlockInputs(model, blocks, ids())
         student = tune._Student(model, blocks, linears, inputs.call)
