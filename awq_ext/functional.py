@@ -22,11 +22,14 @@ class _Linear(torch.autograd.Function):
         bias: Tensor | None,
         group_size: int,
         layout: str,
+        precision: str,
     ) -> Tensor:
         ctx.save_for_backward(qweight, scales, qzeros)  # type: ignore[arg-type]  # None may be saved too
         ctx.group_size, ctx.layout = group_size, layout  # type: ignore[attr-defined]
         ctx.bias_dtype = None if bias is None else bias.dtype  # type: ignore[attr-defined]
-        return torch.ops.awq_ext.linear(x, qweight, scales, qzeros, bias, group_size=group_size, layout=layout)
+        return torch.ops.awq_ext.linear(
+            x, qweight, scales, qzeros, bias, group_size=group_size, layout=layout, precision=precision
+        )
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
@@ -40,7 +43,7 @@ class _Linear(torch.autograd.Function):
             grad_x = grad @ weight.to(grad.dtype)
         if ctx.needs_input_grad[4]:
             grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype)
-        return grad_x, None, None, None, grad_bias, None, None
+        return grad_x, None, None, None, grad_bias, None, None, None
 
 
 def linear(
@@ -52,17 +55,33 @@ def linear(
     *,
     group_size: int,
     layout: str = "gemm",
+    precision: str | None = None,
 ) -> Tensor:
     """y = x W^T + bias for a 4-bit weight W, differentiable in x and bias.
 
-    Arguments are those of :func:`awq_ext.ops.linear`. Under ``torch.autocast`` x is cast to the autocast dtype, as
-    ``torch.nn.functional.linear`` does, and y has that dtype; scales keep their own. The raw operator
-    ``torch.ops.awq_ext.linear`` knows neither gradient nor autocast.
+    Arguments are those of :func:`awq_ext.ops.linear`; without a precision it is "exact", but "int16" for float32 x
+    where ``torch.set_float32_matmul_precision`` was told that less than "highest" will do. Under ``torch.autocast`` x
+    is cast to the autocast dtype, as ``torch.nn.functional.linear`` does, and y has that dtype; scales keep their own.
+    The raw operator ``torch.ops.awq_ext.linear`` knows neither gradient nor autocast.
     """
     # As for torch's own linear; the meta device has no autocast, and torch refuses to be asked.
     castable = x.is_floating_point() and x.dtype != torch.float64 and not x.is_meta
     if castable and torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
+    if precision is None:
+        precision = _precision(x, layout)
     if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
-        return _Linear.apply(x, qweight, scales, qzeros, bias, group_size, layout)
-    return torch.ops.awq_ext.linear(x, qweight, scales, qzeros, bias, group_size=group_size, layout=layout)
+        return _Linear.apply(x, qweight, scales, qzeros, bias, group_size, layout, precision)
+    return torch.ops.awq_ext.linear(
+        x, qweight, scales, qzeros, bias, group_size=group_size, layout=layout, precision=precision
+    )
+
+
+def _precision(x: Tensor, layout: str) -> str:
+    """Only layout strips on a CPU has kernels to choose from."""
+    return "int16" if layout == "strips" and x.dtype == torch.float32 and _less_will_do() else "exact"
+
+
+@torch.compiler.assume_constant_result  # what is compiled keeps the setting that it was traced with
+def _less_will_do() -> bool:
+    return torch.get_float32_matmul_precision() != "highest"
