@@ -22,13 +22,13 @@ class _Linear(torch.autograd.Function):
         bias: Tensor | None,
         group_size: int,
         layout: str,
-        activation: str,
+        precision: str,
     ) -> Tensor:
         ctx.save_for_backward(qweight, scales, qzeros)  # type: ignore[arg-type]  # None may be saved too
         ctx.group_size, ctx.layout = group_size, layout  # type: ignore[attr-defined]
         ctx.bias_dtype = None if bias is None else bias.dtype  # type: ignore[attr-defined]
         return torch.ops.awq_ext.linear(
-            x, qweight, scales, qzeros, bias, group_size=group_size, layout=layout, precision=activation
+            x, qweight, scales, qzeros, bias, group_size=group_size, layout=layout, precision=precision
         )
 
     @staticmethod
@@ -54,8 +54,7 @@ def set_cpu_activation(activation: str) -> None:
     """How exactly a CPU rounds the inputs of 4-bit linears, where neither the call nor the layer says it.
 
     * "exact" (the default): less is lost than float16 or bfloat16 inputs have lost already. float32 inputs keep 24
-      bits; outside ``torch.compile`` only if ``torch.get_float32_matmul_precision()`` is "highest", as it is unless
-      somebody has set it, else 16.
+      bits if ``torch.get_float32_matmul_precision()`` is "highest", as it is unless somebody has set it, else 16.
     * "int16": 16 bits, for float32 inputs too.
     * "int8": 8 bits, about twice as fast for many rows at once, as llama.cpp computes; outputs lose about 0.7 %.
 
@@ -67,13 +66,16 @@ def set_cpu_activation(activation: str) -> None:
     _cpu_activation = activation
 
 
-def resolve_activation(activation: str | None, dtype: torch.dtype) -> str:
-    """What the operator is told, for a call or layer that says ``activation`` and inputs of this dtype."""
-    if activation is None:
-        activation = _cpu_activation
-    if activation == "exact" and dtype == torch.float32 and not torch.compiler.is_compiling():  # which cannot ask
-        return "exact" if torch.get_float32_matmul_precision() == "highest" else "int16"
-    return activation
+def resolve_precision(precision: str | None, dtype: torch.dtype) -> str:
+    """What the operator is told, for a call or layer that says ``precision`` and inputs of this dtype."""
+    if precision is None:
+        precision = _cpu_activation
+    return "int16" if precision == "exact" and dtype == torch.float32 and _less_will_do() else precision
+
+
+@torch.compiler.assume_constant_result  # what is compiled keeps the setting that it was traced with
+def _less_will_do() -> bool:
+    return torch.get_float32_matmul_precision() != "highest"
 
 
 def linear(
@@ -85,11 +87,11 @@ def linear(
     *,
     group_size: int,
     layout: str = "gemm",
-    activation: str | None = None,
+    precision: str | None = None,
 ) -> Tensor:
     """y = x W^T + bias for a 4-bit weight W, differentiable in x and bias.
 
-    Arguments are those of :func:`awq_ext.ops.linear`; ``activation`` None is what :func:`set_cpu_activation` says.
+    Arguments are those of :func:`awq_ext.ops.linear`; ``precision`` None is what :func:`set_cpu_activation` says.
     Under ``torch.autocast`` x is cast to the autocast dtype, as ``torch.nn.functional.linear`` does, and y has that
     dtype; scales keep their own. The raw operator ``torch.ops.awq_ext.linear`` knows neither gradient nor autocast.
     """
@@ -97,9 +99,9 @@ def linear(
     castable = x.is_floating_point() and x.dtype != torch.float64 and not x.is_meta
     if castable and torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
-    activation = resolve_activation(activation, x.dtype)
+    precision = resolve_precision(precision, x.dtype)
     if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
-        return _Linear.apply(x, qweight, scales, qzeros, bias, group_size, layout, activation)
+        return _Linear.apply(x, qweight, scales, qzeros, bias, group_size, layout, precision)
     return torch.ops.awq_ext.linear(
-        x, qweight, scales, qzeros, bias, group_size=group_size, layout=layout, precision=activation
+        x, qweight, scales, qzeros, bias, group_size=group_size, layout=layout, precision=precision
     )

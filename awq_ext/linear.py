@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from awq_ext import _library, ops
-from awq_ext.functional import linear, resolve_activation
+from awq_ext.functional import linear, resolve_precision
 from awq_ext.layouts import scales_from_strips, scales_to_strips
 
 W_BIT = 4
@@ -92,7 +92,7 @@ class AwqLinear(nn.Module):
             self.bias,
             group_size=self.group_size,
             layout=self.layout,
-            activation=self.activation,
+            precision=self.activation,
         )
 
     @torch.jit.unused
@@ -200,7 +200,7 @@ def explain(layer: AwqLinear, m: int, dtype: torch.dtype = torch.float32) -> str
     """How the layer multiplies ``m`` rows of inputs in ``dtype``: the kernel, and why that one. A line of text."""
     if layer.qweight.device.type != "cpu":
         return f"{layer.layout} on {layer.qweight.device}: the weight is dequantized to {dtype}, and torch multiplies"
-    precision = resolve_activation(layer.activation, dtype)
+    precision = resolve_precision(layer.activation, dtype)
     plan = _library.native().plan_linear(
         m, layer.out_features, layer.in_features, str(dtype).removeprefix("torch."), layer.layout, precision
     )

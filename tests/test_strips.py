@@ -17,7 +17,7 @@ from reference import UNIT_ROUNDOFF, Weight, random_weight
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from awq_ext import _library, ops
+from awq_ext import _library, functional, ops
 from awq_ext.layouts import every_layout, layouts, scales_from_strips, scales_to_strips
 
 F32, F16, BF16, F64 = torch.float32, torch.float16, torch.bfloat16, torch.float64
@@ -159,6 +159,33 @@ def test_precision_is_what_is_asked_for() -> None:
     assert torch.equal(ops.linear(x.half(), **arguments), ops.linear(x.half(), **arguments, precision="int16"))
     gemm = dict(zip(("qweight", "scales", "qzeros"), w.tensors, strict=True), group_size=128)
     assert torch.equal(ops.linear(x, **gemm, precision="int8"), ops.linear(x, **gemm))
+
+
+@pytest.fixture
+def matmul_precision() -> Iterator[None]:
+    before = torch.get_float32_matmul_precision()
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+def test_torch_says_what_float32_needs(matmul_precision: None) -> None:
+    arguments = Strips.of(random_weight(64, 256, 128)).arguments(128)
+    x = randn(4, 256).requires_grad_()
+    exact, int16 = (ops.linear(x.detach(), **arguments, precision=p) for p in ("exact", "int16"))
+    assert not torch.equal(exact, int16)
+    for setting, expected in (("highest", exact), ("high", int16), ("medium", int16)):
+        torch.set_float32_matmul_precision(setting)
+        compiled = torch.compile(functional.linear, backend="aot_eager", fullgraph=True)
+        for function in (functional.linear, compiled):
+            with torch.no_grad():
+                assert torch.equal(function(x, **arguments), expected)
+                assert torch.equal(function(x, **arguments, precision="exact"), exact)
+        y = functional.linear(x, **arguments)
+        assert torch.equal(y, expected)
+        (grad,) = torch.autograd.grad(y.sum(), x)
+        dense = ops.dequantize(**arguments, dtype=F32)
+        torch.testing.assert_close(grad, dense.sum(0).expand_as(grad), rtol=1e-4, atol=1e-4)
+        torch.compiler.reset()
 
 
 @pytest.mark.parametrize("dtype", [F32, F16])
