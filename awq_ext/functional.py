@@ -68,9 +68,9 @@ def set_cpu_activation(activation: str) -> None:
 
 def resolve_precision(precision: str | None, dtype: torch.dtype) -> str:
     """What the operator is told, for a call or layer that says ``precision`` and inputs of this dtype."""
-    if precision is None:
-        precision = _cpu_activation
-    return "int16" if precision == "exact" and dtype == torch.float32 and _less_will_do() else precision
+    if precision is not None:
+        return precision
+    return "int16" if _cpu_activation == "exact" and dtype == torch.float32 and _less_will_do() else _cpu_activation
 
 
 @torch.compiler.assume_constant_result  # what is compiled keeps the setting that it was traced with

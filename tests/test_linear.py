@@ -445,6 +445,8 @@ def test_activation_says_how_exactly_inputs_are_rounded() -> None:
     try:
         torch.set_float32_matmul_precision("high")
         assert error_of(layer, x) == middle
+        layer.activation = "exact"
+        assert error_of(layer, x) == exact
     finally:
         torch.set_float32_matmul_precision("highest")
     with pytest.raises(ValueError, match=r"expected one of exact, int16, int8, got 'int4'"):
