@@ -194,7 +194,9 @@ TEST_CASE("the reference is the product of x with the dequantized weight") {
 TEST_CASE("every kernel stays within its rounding bound for every shape") {
   Random random(11);
   std::size_t turn = 0;  // dtypes, zeros, bias and stride take turns; the next test has their full product
-  std::vector<Ratio> total(8);
+  std::size_t kernels = 0;
+  for_kernels([&](const Kernels&, bool) { ++kernels; });
+  std::vector<Ratio> total(kernels);
   for (const std::int64_t n : kColumns)
     for (const Depth& depth : kDepths)
       for (const std::int64_t m : kRows) {
