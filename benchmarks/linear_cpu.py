@@ -44,18 +44,26 @@ class Contestant(NamedTuple):
     weight: Tensor  # [n, k] as this contestant has it, float32 or less
 
 
+def how_many(*tensors: Tensor) -> range:
+    """Copies to rotate through."""
+    return range(max(3, ROTATE_BYTES // sum(tensor.nbytes for tensor in tensors)))
+
+
 def copies(*tensors: Tensor) -> list[tuple[Tensor, ...]]:
-    count = max(3, ROTATE_BYTES // sum(tensor.nbytes for tensor in tensors))
-    return [tuple(tensor.clone() for tensor in tensors) for _ in range(count)]
+    return [tuple(tensor.clone() for tensor in tensors) for _ in how_many(*tensors)]
 
 
 def ours(weight: Tensor, group_size: int) -> tuple[dict[str, Contestant], int]:
     """All of `awq_ext`, and the bytes of its weight. What layouts and modes are called is said here only."""
     q, scales, zeros = ops.quantize(weight, group_size=group_size, dtype=torch.float16)
-    packed = [ops.pack(q, layout="strips"), scales_to_strips(scales.t()), ops.pack(zeros, layout="strips.zeros")]
+
+    def pack() -> tuple[Tensor, ...]:
+        return ops.pack(q, layout="strips"), scales_to_strips(scales.t()), ops.pack(zeros, layout="strips.zeros")
+
+    packed = pack()
     options: dict[str, Any] = {"group_size": group_size, "layout": "strips"}
     exact = ops.dequantize(*packed, **options, dtype=torch.float32)
-    turns = copies(*packed)
+    turns = [pack() for _ in how_many(*packed)]  # clones would not lie in large pages
 
     def call(precision: str, x: Tensor, i: int) -> Tensor:
         return torch.ops.awq_ext.linear(x, *turns[i % len(turns)], **options, precision=precision)

@@ -4,6 +4,9 @@
 #include <algorithm>
 #include <atomic>
 #include <vector>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 #include "../core/compensate.h"
 #include "../core/linear.h"
@@ -182,12 +185,26 @@ std::int64_t block_grain(core::Axis axis, std::int64_t n, std::int64_t k) {
   return grain(core::kBlock * (axis == core::Axis::n ? k : n));
 }
 
+/// Words for codes [n, k], nothing written yet. A large matrix asks for pages of 2 MiB before that: kernels read it as
+/// one stream, which small pages make up to a third slower. Where there are none the advice is ignored.
+Tensor new_words(const Tensor& like, const core::Codes& codes, std::int64_t n, std::int64_t k) {
+  const core::WordShape shape = core::word_shape(codes, n, k);
+  Tensor words = new_empty(like, {shape.rows, shape.cols}, word_type(codes));
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr std::uintptr_t page = std::uintptr_t{2} << 20;
+  const auto begin = reinterpret_cast<std::uintptr_t>(words.mutable_data_ptr());
+  const std::uintptr_t end = begin + static_cast<std::uintptr_t>(words.numel()) * (codes.word_bits / 8u);
+  const std::uintptr_t first = (begin + page - 1) / page * page, last = end / page * page;
+  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
+  return words;
+}
+
 Tensor pack(const Tensor& q, std::string layout) {
   const core::Codes& to = check_codes("pack", q, layout);
   const std::int64_t n = q.size(0), k = q.size(1);
-  const core::WordShape shape = core::word_shape(to, n, k);
   const Tensor codes = contiguous(q);
-  Tensor words = new_empty(q, {shape.rows, shape.cols}, word_type(to));
+  Tensor words = new_words(q, to, n, k);
   const auto* source = static_cast<const std::uint8_t*>(codes.const_data_ptr());
   void* target = words.mutable_data_ptr();
   std::atomic<bool> fits{true};
@@ -217,9 +234,8 @@ Tensor repack(const Tensor& qweight, std::string src, std::string dst) {
   const core::Codes& from = codes_of("repack", src);
   const auto [n, k] = check_words("repack", qweight, src);
   const core::Codes& to = check_packable("repack", n, k, dst);
-  const core::WordShape shape = core::word_shape(to, n, k);
   const Tensor words = contiguous(qweight);
-  Tensor result = new_empty(qweight, {shape.rows, shape.cols}, word_type(to));
+  Tensor result = new_words(qweight, to, n, k);
   const void* source = words.const_data_ptr();
   void* target = result.mutable_data_ptr();
   parallel_for(0, core::block_count(to.outer, n, k), block_grain(to.outer, n, k),
