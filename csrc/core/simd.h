@@ -135,6 +135,20 @@ inline void convert_to_float(const void* data, DType t, std::int64_t offset, std
   }
 }
 
+/// kLanes bytes as numbers. (g++ 12 takes a vector of bytes apart to convert it.)
+inline Ints load_bytes(const std::uint8_t* bytes) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<Ints>(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes))));
+#elif defined(__AVX2__)
+  return reinterpret_cast<Ints>(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(bytes))));
+#else
+  typedef std::uint8_t Bytes __attribute__((vector_size(kLanes), may_alias));
+  Bytes b;
+  std::memcpy(&b, bytes, sizeof b);
+  return __builtin_convertvector(b, Ints);
+#endif
+}
+
 /// Of every two neighbouring elements of kBits bits, exchanges the upper in a with the lower in b.
 template <int kBits>
 inline void exchange(Words& a, Words& b) {

@@ -15,7 +15,6 @@ namespace awq::core {
 namespace {
 
 typedef std::int8_t SmallBytes __attribute__((vector_size(kLanes), may_alias));
-typedef std::uint8_t SmallCodes __attribute__((vector_size(kLanes), may_alias));
 
 inline constexpr int kVectors = 2;                              // vectors of columns whose sums are kept at a time
 inline constexpr std::int64_t kPart = kVectors * kLanes;        // columns: a strip is 1, 2 or 4 parts
@@ -156,7 +155,10 @@ inline __attribute__((always_inline)) void add_products(const std::uint8_t* w, s
     Words low[kVectors], high[kVectors];
 #pragma GCC unroll 2
     for (int v = 0; v < kVectors; ++v) {
-      const Words codes = load_words(reinterpret_cast<const std::uint32_t*>(w) + v * kLanes, kLanes);
+      Words codes = load_words(reinterpret_cast<const std::uint32_t*>(w) + v * kLanes, kLanes);
+#if defined(__AVX512F__)
+      asm("" : "+v"(codes));  // else it is loaded twice, which takes as long as a product
+#endif
       low[v] = codes & 0x0f0f0f0fu;
       high[v] = (codes >> 4) & 0x0f0f0f0fu;
     }
@@ -280,29 +282,40 @@ inline void multiply_tiles(const StripsWork& work, const Segments& segments, con
   }
 }
 
-/// Scales and zeros of a block's segments. Asks for those of as many segments more: they are streams of their own, too
-/// thin for hardware to notice.
-inline void load_groups(const LinearArgs& a, const Segments& segments, std::int64_t strip, StripBlock& block) {
-  const std::int64_t column = strip * kStripColumns, groups = a.k / a.group;
-  const std::int64_t width = a.n - column < kStripColumns ? a.n - column : kStripColumns;
-  for (std::int64_t i = block.first; i < block.last; ++i) {
-    float *const scales = block.scales[i - block.first], *const zeros = block.zeros[i - block.first];
-    const std::int64_t g = i / segments.in_group, at = strip_scale(a.n, groups, g, column);
-    const std::int64_t next = at + (block.last - block.first) * kStripColumns;
-    __builtin_prefetch(static_cast<const char*>(a.scales) + next * size_of(a.scale_type));
-    for (std::int64_t c = width; c < kStripColumns; ++c) scales[c] = 0.0f;
-    convert_to_float(a.scales, a.scale_type, at, width, scales);
-    if (a.qzeros == nullptr) {
-      for (std::int64_t c = 0; c < kStripColumns; ++c) zeros[c] = 8.0f;
-      continue;
-    }
-    const auto* bytes = reinterpret_cast<const std::uint8_t*>(a.qzeros) + (strip * groups + g) * (kStripColumns / 2);
-    __builtin_prefetch(bytes + (block.last - block.first) * (kStripColumns / 2));
-    for (std::int64_t c = 0; c < kStripColumns / 2; ++c) zeros[c] = static_cast<float>(bytes[c] & 15);
-    for (std::int64_t c = 0; c < kStripColumns / 2; ++c)
-      zeros[kStripColumns / 2 + c] = static_cast<float>(bytes[c] >> 4);
+/// Where the scales and zeros of a strip are.
+struct StripGroups {
+  static constexpr std::int64_t kAhead = 16;  // groups: these streams are too thin for hardware to notice
+  static constexpr std::int64_t kHalf = kStripColumns / 2;
+  const LinearArgs& a;
+  std::int64_t first, width;  // of scales: index of the first, and how many a group has
+  const std::uint8_t* zeros;  // bytes, kHalf a group
+
+  StripGroups(const LinearArgs& args, std::int64_t strip) : a(args), zeros(nullptr) {
+    const std::int64_t column = strip * kStripColumns, groups = a.k / a.group;
+    width = a.n - column < kStripColumns ? a.n - column : kStripColumns;
+    first = strip_scale(a.n, groups, 0, column);
+    if (a.qzeros != nullptr) zeros = reinterpret_cast<const std::uint8_t*>(a.qzeros) + strip * groups * kHalf;
   }
-}
+
+  /// Those of group g, as floats [kStripColumns].
+  inline __attribute__((always_inline)) void load(std::int64_t g, float* scale, float* zero) const {
+    const std::int64_t at = first + g * width;
+    __builtin_prefetch(static_cast<const char*>(a.scales) + (at + kAhead * width) * size_of(a.scale_type));
+    for (std::int64_t c = width; c < kStripColumns; ++c) scale[c] = 0.0f;
+    convert_to_float(a.scales, a.scale_type, at, width, scale);
+    if (zeros == nullptr) {
+      for (std::int64_t c = 0; c < kStripColumns; c += kLanes) store(zero + c, broadcast(8.0f));
+      return;
+    }
+    const std::uint8_t* const bytes = zeros + g * kHalf;
+    __builtin_prefetch(bytes + kAhead * kHalf);
+    for (std::int64_t c = 0; c < kHalf; c += kLanes) {
+      const Ints pairs = load_bytes(bytes + c);
+      store(zero + c, __builtin_convertvector(pairs & 15, Floats));
+      store(zero + kHalf + c, __builtin_convertvector(pairs >> 4, Floats));
+    }
+  }
+};
 
 /// y[row, strip] = acc + bias, in y's type.
 inline void store_strip(const StripsWork& work, std::int64_t strip, float* acc) {
@@ -326,18 +339,21 @@ void strips_multiply(const StripsWork& work, std::int64_t begin, std::int64_t en
   const LinearArgs& a = *work.args;
   const Segments segments(a.k, a.group);
   const std::int64_t strip_bytes = ceil_div(a.k, kOctet) * kOctetBytes;
-  std::int64_t most = StripBlock::kValues / segments.size(0);
+  // One tile reads scales and zeros once, and best among its products; more tiles share them.
+  std::int64_t most = work.tiles() == 1 ? 1 : StripBlock::kValues / segments.size(0);
   most = most < 1 ? 1 : most > StripBlock::kMost ? StripBlock::kMost : most;
   alignas(64) float acc[(kStripsRows + kOctet) * kStripColumns];
   StripBlock block;
   block.ahead = work.rows <= 4 ? 8192 : 16384;  // bytes
   for (std::int64_t strip = begin; strip < end; ++strip) {
+    const StripGroups groups(a, strip);
     std::memset(acc, 0, static_cast<std::size_t>(work.tiles() * work.tile_rows * kStripColumns) * sizeof *acc);
     for (block.first = 0; block.first < segments.count; block.first = block.last) {
       block.last = block.first + most < segments.count ? block.first + most : segments.count;
       block.w = reinterpret_cast<const std::uint8_t*>(a.qweight) + strip * strip_bytes +
                 segments.begin(block.first) / kOctet * kOctetBytes;
-      load_groups(a, segments, strip, block);
+      for (std::int64_t i = block.first; i < block.last; ++i)
+        groups.load(i / segments.in_group, block.scales[i - block.first], block.zeros[i - block.first]);
       switch (work.digits) {
         case 1: multiply_tiles<1>(work, segments, block, acc); break;
         case 2: multiply_tiles<2>(work, segments, block, acc); break;
@@ -368,9 +384,7 @@ inline void dequantize_codes(const DequantizeArgs& a, const std::uint8_t* codes,
           bytes[(row / kStripColumns * groups + g) * half + column % half] >> (column / half * 4) & 15);
     }
     for (; i + kLanes <= stop; i += kLanes) {
-      SmallCodes small;
-      std::memcpy(&small, codes + (i - begin), sizeof small);
-      const Floats code = __builtin_convertvector(small, Floats);
+      const Floats code = __builtin_convertvector(load_bytes(codes + (i - begin)), Floats);
       store_as(a.w, a.w_type, row * a.k + i, (code - broadcast(zero)) * broadcast(scale));
     }
     for (; i < stop; ++i) store_as(a.w, a.w_type, row * a.k + i, (static_cast<float>(codes[i - begin]) - zero) * scale);
