@@ -116,39 +116,43 @@ void strips_prepare(const StripsWork& work, std::int64_t begin, std::int64_t end
 
 // --- products -------------------------------------------------------------------------------------------------------
 
-/// sum + in each lane the four codes of `low` times the digits x[0], and those of `high` times x[1].
-inline __attribute__((always_inline)) Ints dot(Ints sum, Words low, Words x0, Words high, Words x1) {
+/// In how many parts each sum is kept: a product waits for the one before it in its part, and one row has few sums.
+template <int kRows>
+inline constexpr int kChains = kRows == 1 ? 2 : 1;
+
+/// To each lane of sum[0], the four codes of `low` times the digits x0; to the last sum those of `high` times x1.
+template <int kSums>
+inline __attribute__((always_inline)) void dot(Ints (&sum)[kSums], Words low, Words x0, Words high, Words x1) {
 #if defined(__AVX512VNNI__)
   // g++ 12 surrounds the intrinsic with copies of the sums.
-  asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(low), "v"(x0));
-  asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(high), "v"(x1));
-  return sum;
+  asm("vpdpbusd %2, %1, %0" : "+v"(sum[0]) : "v"(low), "v"(x0));
+  asm("vpdpbusd %2, %1, %0" : "+v"(sum[kSums - 1]) : "v"(high), "v"(x1));
 #elif defined(__AVX512F__)
   // Four products are at most 4 * 15 * 128 < 2^15.
   const __m512i pairs =
       _mm512_add_epi16(_mm512_maddubs_epi16(reinterpret_cast<__m512i>(low), reinterpret_cast<__m512i>(x0)),
                        _mm512_maddubs_epi16(reinterpret_cast<__m512i>(high), reinterpret_cast<__m512i>(x1)));
-  return sum + reinterpret_cast<Ints>(_mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
+  sum[0] += reinterpret_cast<Ints>(_mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
 #elif defined(__AVX2__)
   const __m256i pairs =
       _mm256_add_epi16(_mm256_maddubs_epi16(reinterpret_cast<__m256i>(low), reinterpret_cast<__m256i>(x0)),
                        _mm256_maddubs_epi16(reinterpret_cast<__m256i>(high), reinterpret_cast<__m256i>(x1)));
-  return sum + reinterpret_cast<Ints>(_mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+  sum[0] += reinterpret_cast<Ints>(_mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
 #else
   typedef std::int16_t Halves __attribute__((vector_size(4 * kLanes), may_alias));
   const auto even = [](Words bytes) { return reinterpret_cast<Halves>(bytes) << 8 >> 8; };
   const auto odd = [](Words bytes) { return reinterpret_cast<Halves>(bytes) >> 8; };
   const auto pairs =
       reinterpret_cast<Ints>(even(low) * even(x0) + odd(low) * odd(x0) + even(high) * even(x1) + odd(high) * odd(x1));
-  return sum + (pairs << 16 >> 16) + (pairs >> 16);
+  sum[0] += (pairs << 16 >> 16) + (pairs >> 16);
 #endif
 }
 
 /// sums[d][r][v] += digits first .. first + kDigits of x times the codes of a part, for the octets of a segment.
-template <int kRows, int kDigits>
+template <int kRows, int kDigits, int kSums>
 inline __attribute__((always_inline)) void add_products(const std::uint8_t* w, std::int64_t octets,
                                                         const std::uint32_t* x, std::int64_t ahead,
-                                                        Ints (&sums)[kDigits][kRows][kVectors]) {
+                                                        Ints (&sums)[kDigits][kRows][kVectors][kSums]) {
   const std::int64_t digit = octets * 2 * kRows;  // words of x between one and the next
   for (std::int64_t o = 0; o < octets; ++o, w += kOctetBytes, x += 2 * kRows) {
     for (std::int64_t line = 0; line < kPart * 4; line += 64) __builtin_prefetch(w + ahead + line);
@@ -168,7 +172,7 @@ inline __attribute__((always_inline)) void add_products(const std::uint8_t* w, s
       for (int d = 0; d < kDigits; ++d) {
         const Words x0 = Words{} + x[d * digit + r], x1 = Words{} + x[d * digit + kRows + r];
 #pragma GCC unroll 2
-        for (int v = 0; v < kVectors; ++v) sums[d][r][v] = dot(sums[d][r][v], low[v], x0, high[v], x1);
+        for (int v = 0; v < kVectors; ++v) dot(sums[d][r][v], low[v], x0, high[v], x1);
       }
   }
 }
@@ -181,41 +185,45 @@ inline __attribute__((always_inline)) void multiply_segment(const std::uint8_t* 
                                                             const float* zeros, float* acc) {
   Floats values[kRows][kVectors];  // sum q v
   if constexpr (kRows * kDigits <= kSumsAtOnce) {
-    Ints sums[kDigits][kRows][kVectors] = {};
+    constexpr int kSums = kChains<kRows>;
+    Ints sums[kDigits][kRows][kVectors][kSums] = {};
     add_products(w, octets, x, ahead, sums);
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 2
       for (int v = 0; v < kVectors; ++v) {
-        Ints upper = sums[0][r][v];
-        if constexpr (kDigits > 1) upper = (upper << 8) + sums[1][r][v];
+        if constexpr (kSums == 2)
+#pragma GCC unroll 3
+          for (int d = 0; d < kDigits; ++d) sums[d][r][v][0] += sums[d][r][v][1];
+        Ints upper = sums[0][r][v][0];
+        if constexpr (kDigits > 1) upper = (upper << 8) + sums[1][r][v][0];
         values[r][v] = __builtin_convertvector(upper, Floats);
         if constexpr (kDigits > 2)
-          values[r][v] = fma(values[r][v], broadcast(256.0f), __builtin_convertvector(sums[2][r][v], Floats));
+          values[r][v] = fma(values[r][v], broadcast(256.0f), __builtin_convertvector(sums[2][r][v][0], Floats));
       }
   } else {  // digit after digit: the codes are in the cache
     const std::int64_t digit = octets * 2 * kRows;
-    Ints sums[1][kRows][kVectors] = {};
+    Ints sums[1][kRows][kVectors][1] = {};
     add_products(w, octets, x, ahead, sums);
     if constexpr (kDigits > 1) {
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 2
-        for (int v = 0; v < kVectors; ++v) sums[0][r][v] <<= 8;
+        for (int v = 0; v < kVectors; ++v) sums[0][r][v][0] <<= 8;
       add_products(w, octets, x + digit, ahead, sums);
     }
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 2
-      for (int v = 0; v < kVectors; ++v) values[r][v] = __builtin_convertvector(sums[0][r][v], Floats);
+      for (int v = 0; v < kVectors; ++v) values[r][v] = __builtin_convertvector(sums[0][r][v][0], Floats);
     if constexpr (kDigits > 2) {
-      Ints lowest[1][kRows][kVectors] = {};
+      Ints lowest[1][kRows][kVectors][1] = {};
       add_products(w, octets, x + 2 * digit, ahead, lowest);
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 2
         for (int v = 0; v < kVectors; ++v)
-          values[r][v] = fma(values[r][v], broadcast(256.0f), __builtin_convertvector(lowest[0][r][v], Floats));
+          values[r][v] = fma(values[r][v], broadcast(256.0f), __builtin_convertvector(lowest[0][r][v][0], Floats));
     }
   }
 #pragma GCC unroll 8
