@@ -1,0 +1,73 @@
+"""Tokens a second of a model on a CPU, reading a prompt and decoding: 4 bits in both layouts, against the original."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from common import take_turns, write
+
+from awq_ext import AwqLinear, load_quantized, set_cpu_activation
+from awq_ext.pretrained import load_float
+
+PROMPT = 256  # tokens
+
+
+def decode(model: Any, ids: torch.Tensor, tokens: int) -> None:
+    model.generate(ids, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, pad_token_id=0)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("original", metavar="ORIGINAL")
+    parser.add_argument("quantized", metavar="QUANTIZED")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--tokens", type=int, default=16, help="to decode in one turn")
+    parser.add_argument("--rounds", type=int, default=7)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.set_grad_enabled(False)
+    models: dict[str, Any] = {
+        "original float32": load_float(args.original, torch.float32),
+        "original bfloat16": load_float(args.original, torch.bfloat16),
+    }
+    for dtype in (torch.float32, torch.bfloat16):
+        for layout in ("gemm", "strips"):
+            model = models[f"4 bits {layout} {str(dtype).removeprefix('torch.')}"] = load_quantized(
+                args.quantized, dtype=dtype
+            )
+            for module in model.modules():
+                if isinstance(module, AwqLinear):
+                    module.repack(layout)
+    ids = torch.randint(1000, 2000, (1, PROMPT), generator=torch.Generator().manual_seed(0))
+
+    def eight_bits(call: Callable[[int], object], turn: int) -> None:
+        set_cpu_activation("int8")
+        call(turn)
+        set_cpu_activation("exact")
+
+    def turns(call: Callable[[Any], object]) -> dict[str, dict[str, float]]:
+        contestants: dict[str, Callable[[int], object]] = {}
+        for name, model in models.items():
+            contestants[name] = lambda _, model=model: call(model)
+        contestants["4 bits strips bfloat16, int8"] = partial(eight_bits, contestants["4 bits strips bfloat16"])
+        return take_turns(contestants, args.rounds)
+
+    short = ids[:, :8]
+    prompt = turns(lambda model: model(ids))
+    decoded = turns(lambda model: decode(model, short, args.tokens))
+    print(f"tokens/s at {args.threads} threads: prompt of {PROMPT}, decoding")
+    results: dict[str, dict[str, Any]] = {}
+    for name in prompt:
+        speeds = PROMPT / prompt[name]["median"], args.tokens / decoded[name]["median"]
+        results[name] = {"prompt": prompt[name], "decode": decoded[name], "tokens_per_second": speeds}
+        print(f"{name:30} {speeds[0]:8.1f} {speeds[1]:8.1f}")
+    facts = {"original": args.original.rsplit("/", 1)[-1], "prompt_tokens": PROMPT, "decoded_tokens": args.tokens}
+    print(write(f"generate_{args.threads}t", {**facts, "models": results}))
+
+
+if __name__ == "__main__":
+    main()
