@@ -14,22 +14,14 @@
 namespace awq::core {
 namespace {
 
-typedef std::int8_t SmallBytes __attribute__((vector_size(kLanes), may_alias));
-typedef std::uint8_t SmallCodes __attribute__((vector_size(kLanes), may_alias));
-
 inline constexpr int kVectors = 2;                              // vectors of columns whose sums are kept at a time
 inline constexpr std::int64_t kPart = kVectors * kLanes;        // columns: a strip is 1, 2 or 4 parts
 inline constexpr std::int64_t kOctetBytes = kStripColumns * 4;  // of a strip
 static_assert(kStripColumns % kPart == 0);
 
 // How many rows a tile has at most, by digits, and how many sums of a part fit into the registers beside codes.
-#if defined(__AVX512F__)
-inline constexpr int kRowsOfDigits[kMostDigits] = {8, 8, 4};
-inline constexpr int kSumsAtOnce = 12;
-#else
-inline constexpr int kRowsOfDigits[kMostDigits] = {4, 4, 2};
-inline constexpr int kSumsAtOnce = 4;
-#endif
+inline constexpr int kRowsOfDigits[kMostDigits] = {kRegisters / 4, kRegisters / 4, kRegisters / 8};
+inline constexpr int kSumsAtOnce = kRegisters == 32 ? 12 : 4;
 
 // --- x -> digits ----------------------------------------------------------------------------------------------------
 
@@ -66,8 +58,7 @@ inline Rounded round_segment(const float* x, std::int64_t count, std::int8_t (*d
     sum += rest;
 #pragma GCC unroll 3
     for (int d = kDigits - 1; d >= 0; --d) {
-      const SmallBytes bytes = __builtin_convertvector(rest, SmallBytes);  // rest mod 256, as -128 .. 127
-      std::memcpy(digits[d] + i, &bytes, sizeof bytes);
+      store_lowest_bytes(digits[d] + i, rest);  // rest mod 256, as -128 .. 127
       rest = (rest + 128) >> 8;
     }
   }
@@ -135,6 +126,16 @@ inline __attribute__((always_inline)) Ints dot(Ints sum, Words low, Words x0, Wo
       _mm256_add_epi16(_mm256_maddubs_epi16(reinterpret_cast<__m256i>(low), reinterpret_cast<__m256i>(x0)),
                        _mm256_maddubs_epi16(reinterpret_cast<__m256i>(high), reinterpret_cast<__m256i>(x1)));
   return sum + reinterpret_cast<Ints>(_mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+#elif defined(__ARM_FEATURE_DOTPROD)
+  const auto part =
+      vdotq_s32(reinterpret_cast<int32x4_t>(sum), reinterpret_cast<int8x16_t>(low), reinterpret_cast<int8x16_t>(x0));
+  return reinterpret_cast<Ints>(vdotq_s32(part, reinterpret_cast<int8x16_t>(high), reinterpret_cast<int8x16_t>(x1)));
+#elif defined(__aarch64__)
+  const auto a = reinterpret_cast<int8x16_t>(low), b = reinterpret_cast<int8x16_t>(x0);
+  const auto c = reinterpret_cast<int8x16_t>(high), d = reinterpret_cast<int8x16_t>(x1);
+  const int16x8_t first = vmlal_s8(vmull_s8(vget_low_s8(a), vget_low_s8(b)), vget_low_s8(c), vget_low_s8(d));
+  const int16x8_t second = vmlal_high_s8(vmull_high_s8(a, b), c, d);
+  return reinterpret_cast<Ints>(vpadalq_s16(reinterpret_cast<int32x4_t>(sum), vpaddq_s16(first, second)));
 #else
   typedef std::int16_t Halves __attribute__((vector_size(4 * kLanes), may_alias));
   const auto even = [](Words bytes) { return reinterpret_cast<Halves>(bytes) << 8 >> 8; };
@@ -368,10 +369,7 @@ inline void dequantize_codes(const DequantizeArgs& a, const std::uint8_t* codes,
           bytes[(row / kStripColumns * groups + g) * half + column % half] >> (column / half * 4) & 15);
     }
     for (; i + kLanes <= stop; i += kLanes) {
-      SmallCodes small;
-      std::memcpy(&small, codes + (i - begin), sizeof small);
-      const Floats code = __builtin_convertvector(small, Floats);
-      store_as(a.w, a.w_type, row * a.k + i, (code - broadcast(zero)) * broadcast(scale));
+      store_as(a.w, a.w_type, row * a.k + i, (load_bytes(codes + (i - begin)) - broadcast(zero)) * broadcast(scale));
     }
     for (; i < stop; ++i) store_as(a.w, a.w_type, row * a.k + i, (static_cast<float>(codes[i - begin]) - zero) * scale);
   }

@@ -24,6 +24,7 @@ py::dict cpu_features() {
   features["avx512"] = f.avx512;
   features["avx512_vnni"] = f.avx512_vnni;
   features["avx512_bf16"] = f.avx512_bf16;
+  features["neon_dotprod"] = f.neon_dotprod;
   return features;
 }
 
