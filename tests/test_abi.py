@@ -106,7 +106,7 @@ def test_every_operator_has_its_cuda_kernel() -> None:
 
 
 def kernel_objects() -> list[Path]:
-    """Objects compiled with flags of their own: in the developer's build directory, else in those of `pip install .`."""
+    """Objects compiled with their own flags: in the developer's build directory, else in those of `pip install .`."""
     override = os.environ.get("AWQ_LIB_DIR")
     roots = [Path(override)] if override else sorted((REPOSITORY / "build").glob("cp*"))
     objects = "CMakeFiles/awq_core.dir/csrc/core/kernels_[!p]*.o"

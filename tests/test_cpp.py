@@ -66,7 +66,7 @@ def test_core_under_sanitizers() -> None:
 
 @pytest.mark.slow
 def test_core_on_an_emulated_arm_cpu() -> None:
-    """Every level of an AArch64 CPU, bit for bit what x86 computes where the tests say so. No machine must have this."""
+    """Every level of an AArch64 CPU, the same bits as on x86 where the tests say so. CI need not have the tools."""
     for program in ("aarch64-linux-gnu-g++", "qemu-aarch64", "cmake"):
         if shutil.which(program) is None:
             pytest.skip(f"needs {program}")
