@@ -102,6 +102,6 @@ def linear(
     precision = resolve_precision(precision, x.dtype)
     if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
         return _Linear.apply(x, qweight, scales, qzeros, bias, group_size, layout, precision)
-    return torch.ops.awq_ext.linear(
+    return torch.ops.awq_ext.linear.default(
         x, qweight, scales, qzeros, bias, group_size=group_size, layout=layout, precision=precision
     )

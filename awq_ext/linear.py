@@ -84,12 +84,13 @@ class AwqLinear(nn.Module):
                 layout=self.layout,
                 precision="exact" if activation is None else activation,
             )
+        held: dict[str, Any] = self._buffers  # to ask the module for each takes as long as to multiply a small matrix
         return linear(
             x,
-            self.qweight,
-            self.scales,
-            self.qzeros,
-            self.bias,
+            held["qweight"],
+            held["scales"],
+            held["qzeros"],
+            held["bias"],
             group_size=self.group_size,
             layout=self.layout,
             precision=self.activation,

@@ -37,7 +37,6 @@ typedef std::uint16_t Shorts __attribute__((vector_size(4 * kLanes), may_alias))
 typedef std::uint16_t HalfWords __attribute__((vector_size(2 * kLanes), may_alias));
 typedef std::uint8_t HalfBytes __attribute__((vector_size(2 * kLanes), may_alias));
 typedef std::int8_t SmallBytes __attribute__((vector_size(kLanes), may_alias));
-typedef std::uint8_t SmallCodes __attribute__((vector_size(kLanes), may_alias));
 
 // The same at any address. Only for access: as types of variables they lead clang to use aligned instructions on them.
 typedef float FloatsAnywhere __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
@@ -101,20 +100,6 @@ inline void store_lowest_bytes(std::int8_t* p, Ints v) {
 #else
   const SmallBytes bytes = __builtin_convertvector(v, SmallBytes);
   std::memcpy(p, &bytes, sizeof bytes);
-#endif
-}
-
-/// kLanes bytes as float.
-inline Floats load_bytes(const std::uint8_t* p) {
-#if defined(__aarch64__)
-  std::uint32_t bytes;
-  std::memcpy(&bytes, p, sizeof bytes);
-  const uint16x8_t wide = vmovl_u8(vcreate_u8(bytes));
-  return static_cast<Floats>(vcvtq_f32_u32(vmovl_u16(vget_low_u16(wide))));
-#else
-  SmallCodes bytes;
-  std::memcpy(&bytes, p, sizeof bytes);
-  return __builtin_convertvector(bytes, Floats);
 #endif
 }
 
@@ -184,6 +169,24 @@ inline void convert_to_float(const void* data, DType t, std::int64_t offset, std
   } else {
     for (; i < count; ++i) out[i] = bfloat_to_float(in[i]);
   }
+}
+
+/// kLanes bytes as numbers. (g++ 12 takes a vector of bytes apart to convert it.)
+inline Ints load_bytes(const std::uint8_t* bytes) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<Ints>(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes))));
+#elif defined(__AVX2__)
+  return reinterpret_cast<Ints>(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(bytes))));
+#elif defined(__aarch64__)
+  std::uint32_t four;
+  std::memcpy(&four, bytes, sizeof four);
+  return reinterpret_cast<Ints>(vmovl_u16(vget_low_u16(vmovl_u8(vcreate_u8(four)))));
+#else
+  typedef std::uint8_t Bytes __attribute__((vector_size(kLanes), may_alias));
+  Bytes b;
+  std::memcpy(&b, bytes, sizeof b);
+  return __builtin_convertvector(b, Ints);
+#endif
 }
 
 /// Of every two neighbouring elements of kBits bits, exchanges the upper in a with the lower in b.

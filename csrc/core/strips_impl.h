@@ -82,7 +82,8 @@ inline void prepare_tile(const StripsWork& work, std::int64_t tile) {
       if (row < work.rows) {
         for (std::int64_t j = size / kLanes * kLanes; j < kSegment; ++j) x[j] = 0.0f;
         convert_to_float(a.x, a.x_type, (work.row + row) * a.x_stride + begin, size, x);
-        rounded = round_segment<kDigits>(x, ceil_div(size, kLanes) * kLanes, digits);
+        constexpr std::int64_t kWhole = kLanes < kOctet ? kOctet : kLanes;  // digits of padding are 0
+        rounded = round_segment<kDigits>(x, ceil_div(size, kWhole) * kWhole, digits);
       } else {
         std::memset(digits, 0, sizeof digits);
       }
@@ -108,56 +109,65 @@ void strips_prepare(const StripsWork& work, std::int64_t begin, std::int64_t end
 
 // --- products -------------------------------------------------------------------------------------------------------
 
-/// sum + in each lane the four codes of `low` times the digits x[0], and those of `high` times x[1].
-inline __attribute__((always_inline)) Ints dot(Ints sum, Words low, Words x0, Words high, Words x1) {
+/// In how many parts each sum is kept: a product waits for the one before it in its part, and one row has few sums.
+template <int kRows>
+inline constexpr int kChains = kRows == 1 ? 2 : 1;
+
+/// To each lane of sum[0], the four codes of `low` times the digits x0; to the last sum those of `high` times x1.
+template <int kSums>
+inline __attribute__((always_inline)) void dot(Ints (&sum)[kSums], Words low, Words x0, Words high, Words x1) {
 #if defined(__AVX512VNNI__)
   // g++ 12 surrounds the intrinsic with copies of the sums.
-  asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(low), "v"(x0));
-  asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(high), "v"(x1));
-  return sum;
+  asm("vpdpbusd %2, %1, %0" : "+v"(sum[0]) : "v"(low), "v"(x0));
+  asm("vpdpbusd %2, %1, %0" : "+v"(sum[kSums - 1]) : "v"(high), "v"(x1));
 #elif defined(__AVX512F__)
   // Four products are at most 4 * 15 * 128 < 2^15.
   const __m512i pairs =
       _mm512_add_epi16(_mm512_maddubs_epi16(reinterpret_cast<__m512i>(low), reinterpret_cast<__m512i>(x0)),
                        _mm512_maddubs_epi16(reinterpret_cast<__m512i>(high), reinterpret_cast<__m512i>(x1)));
-  return sum + reinterpret_cast<Ints>(_mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
+  sum[0] += reinterpret_cast<Ints>(_mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
 #elif defined(__AVX2__)
   const __m256i pairs =
       _mm256_add_epi16(_mm256_maddubs_epi16(reinterpret_cast<__m256i>(low), reinterpret_cast<__m256i>(x0)),
                        _mm256_maddubs_epi16(reinterpret_cast<__m256i>(high), reinterpret_cast<__m256i>(x1)));
-  return sum + reinterpret_cast<Ints>(_mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+  sum[0] += reinterpret_cast<Ints>(_mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
 #elif defined(__ARM_FEATURE_DOTPROD)
-  const auto part =
-      vdotq_s32(reinterpret_cast<int32x4_t>(sum), reinterpret_cast<int8x16_t>(low), reinterpret_cast<int8x16_t>(x0));
-  return reinterpret_cast<Ints>(vdotq_s32(part, reinterpret_cast<int8x16_t>(high), reinterpret_cast<int8x16_t>(x1)));
+  Ints& last = sum[kSums - 1];
+  sum[0] = reinterpret_cast<Ints>(vdotq_s32(reinterpret_cast<int32x4_t>(sum[0]), reinterpret_cast<int8x16_t>(low),
+                                            reinterpret_cast<int8x16_t>(x0)));
+  last = reinterpret_cast<Ints>(
+      vdotq_s32(reinterpret_cast<int32x4_t>(last), reinterpret_cast<int8x16_t>(high), reinterpret_cast<int8x16_t>(x1)));
 #elif defined(__aarch64__)
   const auto a = reinterpret_cast<int8x16_t>(low), b = reinterpret_cast<int8x16_t>(x0);
   const auto c = reinterpret_cast<int8x16_t>(high), d = reinterpret_cast<int8x16_t>(x1);
   const int16x8_t first = vmlal_s8(vmull_s8(vget_low_s8(a), vget_low_s8(b)), vget_low_s8(c), vget_low_s8(d));
   const int16x8_t second = vmlal_high_s8(vmull_high_s8(a, b), c, d);
-  return reinterpret_cast<Ints>(vpadalq_s16(reinterpret_cast<int32x4_t>(sum), vpaddq_s16(first, second)));
+  sum[0] = reinterpret_cast<Ints>(vpadalq_s16(reinterpret_cast<int32x4_t>(sum[0]), vpaddq_s16(first, second)));
 #else
   typedef std::int16_t Halves __attribute__((vector_size(4 * kLanes), may_alias));
   const auto even = [](Words bytes) { return reinterpret_cast<Halves>(bytes) << 8 >> 8; };
   const auto odd = [](Words bytes) { return reinterpret_cast<Halves>(bytes) >> 8; };
   const auto pairs =
       reinterpret_cast<Ints>(even(low) * even(x0) + odd(low) * odd(x0) + even(high) * even(x1) + odd(high) * odd(x1));
-  return sum + (pairs << 16 >> 16) + (pairs >> 16);
+  sum[0] += (pairs << 16 >> 16) + (pairs >> 16);
 #endif
 }
 
 /// sums[d][r][v] += digits first .. first + kDigits of x times the codes of a part, for the octets of a segment.
-template <int kRows, int kDigits>
+template <int kRows, int kDigits, int kSums>
 inline __attribute__((always_inline)) void add_products(const std::uint8_t* w, std::int64_t octets,
                                                         const std::uint32_t* x, std::int64_t ahead,
-                                                        Ints (&sums)[kDigits][kRows][kVectors]) {
+                                                        Ints (&sums)[kDigits][kRows][kVectors][kSums]) {
   const std::int64_t digit = octets * 2 * kRows;  // words of x between one and the next
   for (std::int64_t o = 0; o < octets; ++o, w += kOctetBytes, x += 2 * kRows) {
     for (std::int64_t line = 0; line < kPart * 4; line += 64) __builtin_prefetch(w + ahead + line);
     Words low[kVectors], high[kVectors];
 #pragma GCC unroll 2
     for (int v = 0; v < kVectors; ++v) {
-      const Words codes = load_words(reinterpret_cast<const std::uint32_t*>(w) + v * kLanes, kLanes);
+      Words codes = load_words(reinterpret_cast<const std::uint32_t*>(w) + v * kLanes, kLanes);
+#if defined(__AVX512F__)
+      asm("" : "+v"(codes));  // else it is loaded twice, which takes as long as a product
+#endif
       low[v] = codes & 0x0f0f0f0fu;
       high[v] = (codes >> 4) & 0x0f0f0f0fu;
     }
@@ -167,7 +177,7 @@ inline __attribute__((always_inline)) void add_products(const std::uint8_t* w, s
       for (int d = 0; d < kDigits; ++d) {
         const Words x0 = Words{} + x[d * digit + r], x1 = Words{} + x[d * digit + kRows + r];
 #pragma GCC unroll 2
-        for (int v = 0; v < kVectors; ++v) sums[d][r][v] = dot(sums[d][r][v], low[v], x0, high[v], x1);
+        for (int v = 0; v < kVectors; ++v) dot(sums[d][r][v], low[v], x0, high[v], x1);
       }
   }
 }
@@ -180,41 +190,45 @@ inline __attribute__((always_inline)) void multiply_segment(const std::uint8_t* 
                                                             const float* zeros, float* acc) {
   Floats values[kRows][kVectors];  // sum q v
   if constexpr (kRows * kDigits <= kSumsAtOnce) {
-    Ints sums[kDigits][kRows][kVectors] = {};
+    constexpr int kSums = kChains<kRows>;
+    Ints sums[kDigits][kRows][kVectors][kSums] = {};
     add_products(w, octets, x, ahead, sums);
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 2
       for (int v = 0; v < kVectors; ++v) {
-        Ints upper = sums[0][r][v];
-        if constexpr (kDigits > 1) upper = (upper << 8) + sums[1][r][v];
+        if constexpr (kSums == 2)
+#pragma GCC unroll 3
+          for (int d = 0; d < kDigits; ++d) sums[d][r][v][0] += sums[d][r][v][1];
+        Ints upper = sums[0][r][v][0];
+        if constexpr (kDigits > 1) upper = (upper << 8) + sums[1][r][v][0];
         values[r][v] = __builtin_convertvector(upper, Floats);
         if constexpr (kDigits > 2)
-          values[r][v] = fma(values[r][v], broadcast(256.0f), __builtin_convertvector(sums[2][r][v], Floats));
+          values[r][v] = fma(values[r][v], broadcast(256.0f), __builtin_convertvector(sums[2][r][v][0], Floats));
       }
   } else {  // digit after digit: the codes are in the cache
     const std::int64_t digit = octets * 2 * kRows;
-    Ints sums[1][kRows][kVectors] = {};
+    Ints sums[1][kRows][kVectors][1] = {};
     add_products(w, octets, x, ahead, sums);
     if constexpr (kDigits > 1) {
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 2
-        for (int v = 0; v < kVectors; ++v) sums[0][r][v] <<= 8;
+        for (int v = 0; v < kVectors; ++v) sums[0][r][v][0] <<= 8;
       add_products(w, octets, x + digit, ahead, sums);
     }
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 2
-      for (int v = 0; v < kVectors; ++v) values[r][v] = __builtin_convertvector(sums[0][r][v], Floats);
+      for (int v = 0; v < kVectors; ++v) values[r][v] = __builtin_convertvector(sums[0][r][v][0], Floats);
     if constexpr (kDigits > 2) {
-      Ints lowest[1][kRows][kVectors] = {};
+      Ints lowest[1][kRows][kVectors][1] = {};
       add_products(w, octets, x + 2 * digit, ahead, lowest);
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 2
         for (int v = 0; v < kVectors; ++v)
-          values[r][v] = fma(values[r][v], broadcast(256.0f), __builtin_convertvector(lowest[0][r][v], Floats));
+          values[r][v] = fma(values[r][v], broadcast(256.0f), __builtin_convertvector(lowest[0][r][v][0], Floats));
     }
   }
 #pragma GCC unroll 8
@@ -281,29 +295,40 @@ inline void multiply_tiles(const StripsWork& work, const Segments& segments, con
   }
 }
 
-/// Scales and zeros of a block's segments. Asks for those of as many segments more: they are streams of their own, too
-/// thin for hardware to notice.
-inline void load_groups(const LinearArgs& a, const Segments& segments, std::int64_t strip, StripBlock& block) {
-  const std::int64_t column = strip * kStripColumns, groups = a.k / a.group;
-  const std::int64_t width = a.n - column < kStripColumns ? a.n - column : kStripColumns;
-  for (std::int64_t i = block.first; i < block.last; ++i) {
-    float *const scales = block.scales[i - block.first], *const zeros = block.zeros[i - block.first];
-    const std::int64_t g = i / segments.in_group, at = strip_scale(a.n, groups, g, column);
-    const std::int64_t next = at + (block.last - block.first) * kStripColumns;
-    __builtin_prefetch(static_cast<const char*>(a.scales) + next * size_of(a.scale_type));
-    for (std::int64_t c = width; c < kStripColumns; ++c) scales[c] = 0.0f;
-    convert_to_float(a.scales, a.scale_type, at, width, scales);
-    if (a.qzeros == nullptr) {
-      for (std::int64_t c = 0; c < kStripColumns; ++c) zeros[c] = 8.0f;
-      continue;
-    }
-    const auto* bytes = reinterpret_cast<const std::uint8_t*>(a.qzeros) + (strip * groups + g) * (kStripColumns / 2);
-    __builtin_prefetch(bytes + (block.last - block.first) * (kStripColumns / 2));
-    for (std::int64_t c = 0; c < kStripColumns / 2; ++c) zeros[c] = static_cast<float>(bytes[c] & 15);
-    for (std::int64_t c = 0; c < kStripColumns / 2; ++c)
-      zeros[kStripColumns / 2 + c] = static_cast<float>(bytes[c] >> 4);
+/// Where the scales and zeros of a strip are.
+struct StripGroups {
+  static constexpr std::int64_t kAhead = 16;  // groups: these streams are too thin for hardware to notice
+  static constexpr std::int64_t kHalf = kStripColumns / 2;
+  const LinearArgs& a;
+  std::int64_t first, width;  // of scales: index of the first, and how many a group has
+  const std::uint8_t* zeros;  // bytes, kHalf a group
+
+  StripGroups(const LinearArgs& args, std::int64_t strip) : a(args), zeros(nullptr) {
+    const std::int64_t column = strip * kStripColumns, groups = a.k / a.group;
+    width = a.n - column < kStripColumns ? a.n - column : kStripColumns;
+    first = strip_scale(a.n, groups, 0, column);
+    if (a.qzeros != nullptr) zeros = reinterpret_cast<const std::uint8_t*>(a.qzeros) + strip * groups * kHalf;
   }
-}
+
+  /// Those of group g, as floats [kStripColumns].
+  inline __attribute__((always_inline)) void load(std::int64_t g, float* scale, float* zero) const {
+    const std::int64_t at = first + g * width;
+    __builtin_prefetch(static_cast<const char*>(a.scales) + (at + kAhead * width) * size_of(a.scale_type));
+    for (std::int64_t c = width; c < kStripColumns; ++c) scale[c] = 0.0f;
+    convert_to_float(a.scales, a.scale_type, at, width, scale);
+    if (zeros == nullptr) {
+      for (std::int64_t c = 0; c < kStripColumns; c += kLanes) store(zero + c, broadcast(8.0f));
+      return;
+    }
+    const std::uint8_t* const bytes = zeros + g * kHalf;
+    __builtin_prefetch(bytes + kAhead * kHalf);
+    for (std::int64_t c = 0; c < kHalf; c += kLanes) {
+      const Ints pairs = load_bytes(bytes + c);
+      store(zero + c, __builtin_convertvector(pairs & 15, Floats));
+      store(zero + kHalf + c, __builtin_convertvector(pairs >> 4, Floats));
+    }
+  }
+};
 
 /// y[row, strip] = acc + bias, in y's type.
 inline void store_strip(const StripsWork& work, std::int64_t strip, float* acc) {
@@ -327,18 +352,21 @@ void strips_multiply(const StripsWork& work, std::int64_t begin, std::int64_t en
   const LinearArgs& a = *work.args;
   const Segments segments(a.k, a.group);
   const std::int64_t strip_bytes = ceil_div(a.k, kOctet) * kOctetBytes;
-  std::int64_t most = StripBlock::kValues / segments.size(0);
+  // One tile reads scales and zeros once, and best among its products; more tiles share them.
+  std::int64_t most = work.tiles() == 1 ? 1 : StripBlock::kValues / segments.size(0);
   most = most < 1 ? 1 : most > StripBlock::kMost ? StripBlock::kMost : most;
   alignas(64) float acc[(kStripsRows + kOctet) * kStripColumns];
   StripBlock block;
   block.ahead = work.rows <= 4 ? 8192 : 16384;  // bytes
   for (std::int64_t strip = begin; strip < end; ++strip) {
+    const StripGroups groups(a, strip);
     std::memset(acc, 0, static_cast<std::size_t>(work.tiles() * work.tile_rows * kStripColumns) * sizeof *acc);
     for (block.first = 0; block.first < segments.count; block.first = block.last) {
       block.last = block.first + most < segments.count ? block.first + most : segments.count;
       block.w = reinterpret_cast<const std::uint8_t*>(a.qweight) + strip * strip_bytes +
                 segments.begin(block.first) / kOctet * kOctetBytes;
-      load_groups(a, segments, strip, block);
+      for (std::int64_t i = block.first; i < block.last; ++i)
+        groups.load(i / segments.in_group, block.scales[i - block.first], block.zeros[i - block.first]);
       switch (work.digits) {
         case 1: multiply_tiles<1>(work, segments, block, acc); break;
         case 2: multiply_tiles<2>(work, segments, block, acc); break;
@@ -369,7 +397,8 @@ inline void dequantize_codes(const DequantizeArgs& a, const std::uint8_t* codes,
           bytes[(row / kStripColumns * groups + g) * half + column % half] >> (column / half * 4) & 15);
     }
     for (; i + kLanes <= stop; i += kLanes) {
-      store_as(a.w, a.w_type, row * a.k + i, (load_bytes(codes + (i - begin)) - broadcast(zero)) * broadcast(scale));
+      const Floats code = __builtin_convertvector(load_bytes(codes + (i - begin)), Floats);
+      store_as(a.w, a.w_type, row * a.k + i, (code - broadcast(zero)) * broadcast(scale));
     }
     for (; i < stop; ++i) store_as(a.w, a.w_type, row * a.k + i, (static_cast<float>(codes[i - begin]) - zero) * scale);
   }

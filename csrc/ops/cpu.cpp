@@ -19,9 +19,10 @@
 namespace awq::ops {
 namespace {
 
-using torch::stable::contiguous;
+using torch::stable::narrow;
 using torch::stable::new_empty;
 using torch::stable::parallel_for;
+using torch::stable::view;
 
 constexpr std::int64_t kGrainBytes = 1 << 15;  // memory traffic that is worth a thread of its own
 
@@ -37,7 +38,7 @@ Tensor as_rows(const Tensor& x, std::int64_t& stride) {
   for (std::int64_t i = dims - 3; i >= 0; --i) rows &= x.stride(i) == x.stride(i + 1) * x.size(i + 1);
   if (rows) return x;
   stride = x.size(dims - 1);
-  return contiguous(x);
+  return as_contiguous(x);
 }
 
 /// Layout strips: rows of x become digits, as many rows at a time as the plan says, and then strips are multiplied.
@@ -46,16 +47,22 @@ void run_strips(const Tensor& x, const core::LinearArgs& args, const core::Linea
   core::StripsWork work{};
   work.args = &args, work.digits = plan.digits;
   const core::Segments segments(args.k, args.group);
-  Tensor scratch;
-  for (work.row = 0; work.row < args.m; work.row += work.rows) {
-    work.rows = std::min(plan.rows, args.m - work.row);
+  const auto shape = [&](std::int64_t row) {
+    work.row = row, work.rows = std::min(plan.rows, args.m - row);
     work.tile_rows = core::even_rows(work.rows, kernels.strips_rows[plan.digits - 1]);
-    const std::int64_t tiles = work.tiles(), words = tiles * work.words(args.k);
-    if (work.row == 0)  // later turns have not more rows, filled up to whole tiles
-      scratch = new_empty(x, {words + tiles * work.floats(segments.count)}, ScalarType::Float);
-    work.x = static_cast<std::uint32_t*>(scratch.mutable_data_ptr());
-    work.parameters = static_cast<float*>(scratch.mutable_data_ptr()) + words;
-    parallel_for(0, tiles, grain(args.k * work.tile_rows),
+  };
+  shape(0);  // later turns have not more rows, filled up to whole tiles
+  const std::int64_t words = work.tiles() * work.words(args.k);
+  const std::int64_t size = words + work.tiles() * work.floats(segments.count);
+  // A row or two stay on the stack: to ask torch for memory takes as long as to multiply a small matrix.
+  alignas(64) std::uint32_t near[8192];
+  OptionalTensor scratch;
+  if (size > std::ssize(near)) scratch = new_empty(x, {size}, ScalarType::Float);
+  work.x = size > std::ssize(near) ? static_cast<std::uint32_t*>(scratch->mutable_data_ptr()) : near;
+  work.parameters = reinterpret_cast<float*>(work.x + words);
+  for (std::int64_t row = 0; row < args.m; row += work.rows) {
+    shape(row);
+    parallel_for(0, work.tiles(), grain(args.k * work.tile_rows),
                  [&](std::int64_t begin, std::int64_t end) noexcept { kernels.strips_prepare(work, begin, end); });
     parallel_for(0, plan.tiles, plan.grain,
                  [&](std::int64_t begin, std::int64_t end) noexcept { kernels.strips_multiply(work, begin, end); });
@@ -71,7 +78,7 @@ Tensor linear(const Tensor& x, const Tensor& qweight, const Tensor& scales, Opti
 
   core::LinearArgs args{};
   const Tensor rows = as_rows(x, args.x_stride);
-  const Tensor weight = contiguous(qweight), scale = contiguous(scales);
+  const Tensor weight = as_contiguous(qweight), scale = as_contiguous(scales);
   const OptionalTensor zero = contiguous_or_none(qzeros), offset = contiguous_or_none(bias);
   args.x = rows.const_data_ptr();
   args.qweight = words_of(weight);
@@ -121,7 +128,7 @@ Tensor dequantize(const Tensor& qweight, const Tensor& scales, OptionalTensor qz
   const auto [n, k, group, groups] = check_weight("dequantize", qweight, scales, qzeros, group_size, layout);
   const core::DType w_type = scale_type("dequantize", dtype ? *dtype : scales.scalar_type());
   Tensor w = new_empty(scales, {n, k}, to_scalar_type(w_type));
-  const Tensor weight = contiguous(qweight), scale = contiguous(scales);
+  const Tensor weight = as_contiguous(qweight), scale = as_contiguous(scales);
   const OptionalTensor zero = contiguous_or_none(qzeros);
   const core::DequantizeArgs args{words_of(weight),
                                   zero ? words_of(*zero) : nullptr,
@@ -185,25 +192,29 @@ std::int64_t block_grain(core::Axis axis, std::int64_t n, std::int64_t k) {
   return grain(core::kBlock * (axis == core::Axis::n ? k : n));
 }
 
-/// Words for codes [n, k], nothing written yet. A large matrix asks for pages of 2 MiB before that: kernels read it as
-/// one stream, which small pages make up to a third slower. Where there are none the advice is ignored.
+/// Words for codes [n, k], nothing written yet. Large matrices begin at a page of 2 MiB and ask for such pages: kernels
+/// read them as one stream, which small pages make up to a third slower. What is allocated in front is never touched.
 Tensor new_words(const Tensor& like, const core::Codes& codes, std::int64_t n, std::int64_t k) {
   const core::WordShape shape = core::word_shape(codes, n, k);
-  Tensor words = new_empty(like, {shape.rows, shape.cols}, word_type(codes));
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr std::uintptr_t page = std::uintptr_t{2} << 20;
-  const auto begin = reinterpret_cast<std::uintptr_t>(words.mutable_data_ptr());
-  const std::uintptr_t end = begin + static_cast<std::uintptr_t>(words.numel()) * (codes.word_bits / 8u);
-  const std::uintptr_t first = (begin + page - 1) / page * page, last = end / page * page;
-  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+  constexpr std::int64_t page = std::int64_t{2} << 20;
+  const std::int64_t word = codes.word_bits / 8, size = shape.rows * shape.cols;
+  if (size * word >= 2 * page) {
+    Tensor memory = new_empty(like, {size + page / word}, word_type(codes));
+    const auto begin = reinterpret_cast<std::uintptr_t>(memory.mutable_data_ptr());
+    const auto skipped = static_cast<std::int64_t>(-begin % page);
+    madvise(reinterpret_cast<void*>(begin + static_cast<std::uintptr_t>(skipped)),
+            static_cast<std::size_t>(size * word / page * page), MADV_HUGEPAGE);
+    return view(narrow(memory, 0, skipped / word, size), {shape.rows, shape.cols});
+  }
 #endif
-  return words;
+  return new_empty(like, {shape.rows, shape.cols}, word_type(codes));
 }
 
 Tensor pack(const Tensor& q, std::string layout) {
   const core::Codes& to = check_codes("pack", q, layout);
   const std::int64_t n = q.size(0), k = q.size(1);
-  const Tensor codes = contiguous(q);
+  const Tensor codes = as_contiguous(q);
   Tensor words = new_words(q, to, n, k);
   const auto* source = static_cast<const std::uint8_t*>(codes.const_data_ptr());
   void* target = words.mutable_data_ptr();
@@ -219,7 +230,7 @@ Tensor pack(const Tensor& q, std::string layout) {
 Tensor unpack(const Tensor& qweight, std::string layout) {
   const core::Codes& from = codes_of("unpack", layout);
   const auto [n, k] = check_words("unpack", qweight, layout);
-  const Tensor words = contiguous(qweight);
+  const Tensor words = as_contiguous(qweight);
   Tensor q = new_empty(qweight, {n, k}, ScalarType::Byte);
   const void* source = words.const_data_ptr();
   auto* target = static_cast<std::uint8_t*>(q.mutable_data_ptr());
@@ -234,7 +245,7 @@ Tensor repack(const Tensor& qweight, std::string src, std::string dst) {
   const core::Codes& from = codes_of("repack", src);
   const auto [n, k] = check_words("repack", qweight, src);
   const core::Codes& to = check_packable("repack", n, k, dst);
-  const Tensor words = contiguous(qweight);
+  const Tensor words = as_contiguous(qweight);
   Tensor result = new_words(qweight, to, n, k);
   const void* source = words.const_data_ptr();
   void* target = result.mutable_data_ptr();
@@ -296,7 +307,7 @@ Tensor losses_of_scales(const core::SearchArgs& args, const Tensor& scales, cons
   Tensor inverses = new_empty(scales, {count, k}, ScalarType::Float);
   auto* inverse = static_cast<float*>(inverses.mutable_data_ptr());
   for (std::int64_t i = 0; i < count * k; ++i) inverse[i] = 1.0f / scale[i];
-  const Tensor second_moment = contiguous(gram);
+  const Tensor second_moment = as_contiguous(gram);
   Tensor triangle = new_empty(gram, {core::triangle_size(k, panel)}, ScalarType::Float);
   auto* packed = static_cast<float*>(triangle.mutable_data_ptr());
   core::pack_triangle(static_cast<const float*>(second_moment.const_data_ptr()), k, k, panel, packed);
@@ -330,7 +341,7 @@ Tensor scale_losses(const Tensor& w, const Tensor& candidates, const Tensor& gra
   STD_TORCH_CHECK(candidates.dim() == 2 && candidates.size(1) == k && candidates.scalar_type() == ScalarType::Float,
                   "awq_ext::scale_losses: candidates must be [candidates, in_features] = [.., ", k, "] float32, got ",
                   describe(candidates));
-  const Tensor weight = contiguous(torch::stable::to(w, ScalarType::Float)), scales = contiguous(candidates);
+  const Tensor weight = as_contiguous(torch::stable::to(w, ScalarType::Float)), scales = as_contiguous(candidates);
   const auto* scale = static_cast<const float*>(scales.const_data_ptr());
   for (std::int64_t i = 0; i < scales.numel(); ++i)
     STD_TORCH_CHECK(scale[i] > 0 && scale[i] <= std::numeric_limits<float>::max(),
@@ -362,7 +373,7 @@ Tensor candidates_of(const char* op, const core::SearchArgs& args, const Tensor&
       STD_TORCH_CHECK(tie_data[i] >= 0 && tie_data[i] < k, "awq_ext::", op, ": tie must hold numbers 0..", k - 1,
                       ", got ", tie_data[i]);
   }
-  const Tensor mean = contiguous(x_mean);
+  const Tensor mean = as_contiguous(x_mean);
   check_finite(op, "x_mean", mean, 0.0f);
   Tensor w_mean = new_empty(w, {k}, ScalarType::Float);
   auto* w_mean_data = static_cast<float*>(w_mean.mutable_data_ptr());
@@ -378,7 +389,7 @@ Tensor candidates_of(const char* op, const core::SearchArgs& args, const Tensor&
 Tensor scale_candidates(const Tensor& w, const Tensor& x_mean, std::int64_t group_size, std::int64_t grid,
                         bool duo_scaling, OptionalTensor tie) {
   const auto [n, k, group, groups] = check_float_weight("scale_candidates", w, group_size);
-  const Tensor weight = contiguous(torch::stable::to(w, ScalarType::Float));
+  const Tensor weight = as_contiguous(torch::stable::to(w, ScalarType::Float));
   check_finite("scale_candidates", "w", weight);
   const core::SearchArgs args{static_cast<const float*>(weight.const_data_ptr()), n, k, group, {}, nullptr};
   return candidates_of("scale_candidates", args, w, x_mean, grid, duo_scaling, tie);
@@ -391,7 +402,7 @@ std::tuple<Tensor, Tensor> search_scale(const Tensor& w, const Tensor& x_mean, c
   const auto [n, k, group, groups] = check_float_weight("search_scale", w, group_size);
   check_gram("search_scale", gram, k);
   const OptionalTensor importance = check_row_weight("search_scale", row_weight, n);
-  const Tensor weight = contiguous(torch::stable::to(w, ScalarType::Float));
+  const Tensor weight = as_contiguous(torch::stable::to(w, ScalarType::Float));
   const core::SearchArgs args{static_cast<const float*>(weight.const_data_ptr()),
                               n,
                               k,
@@ -418,7 +429,7 @@ Tensor search_clip(const Tensor& w, const Tensor& gram, std::int64_t group_size,
   STD_TORCH_CHECK(max_shrink >= 0 && max_shrink < 1, "awq_ext::search_clip: max_shrink must be in [0, 1), got ",
                   max_shrink);
   const core::Kernels& kernels = core::best_kernels();
-  const Tensor weight = contiguous(torch::stable::to(w, ScalarType::Float)), second_moment = contiguous(gram);
+  const Tensor weight = as_contiguous(torch::stable::to(w, ScalarType::Float)), second_moment = as_contiguous(gram);
   check_finite("search_clip", "w", weight);
   check_finite("search_clip", "gram", second_moment);
   const core::SearchArgs args{static_cast<const float*>(weight.const_data_ptr()),      n,       k, group,
@@ -452,7 +463,7 @@ std::tuple<Tensor, Tensor, Tensor> quantize_compensated(const Tensor& w, const T
   STD_TORCH_CHECK(passes >= 0 && passes <= 1000, "awq_ext::quantize_compensated: passes must be 0..1000, got ", passes);
   const core::Rounding to = check_rounding(op, w_bit, zero_point, dtype);
   const core::Kernels& level = core::best_kernels();
-  const Tensor weight = contiguous(torch::stable::to(w, ScalarType::Float)), second_moment = contiguous(gram);
+  const Tensor weight = as_contiguous(torch::stable::to(w, ScalarType::Float)), second_moment = as_contiguous(gram);
   const OptionalTensor ends = contiguous_or_none(range);
   check_finite(op, "w", weight);
   check_finite(op, "gram", second_moment);

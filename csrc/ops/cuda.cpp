@@ -8,7 +8,6 @@
 namespace awq::ops {
 namespace {
 
-using torch::stable::contiguous;
 using torch::stable::new_empty;
 
 /// For one scope: the device of `t` is the current one, and `stream` is torch's current stream there.
@@ -42,7 +41,7 @@ class NoGrad {
 Tensor dequantized(const Tensor& qweight, const Tensor& scales, const OptionalTensor& qzeros, const WeightShape& shape,
                    core::DType type, cudaStream_t stream) {
   Tensor w = new_empty(scales, {shape.n, shape.k}, to_scalar_type(type));
-  const Tensor weight = contiguous(qweight), scale = contiguous(scales);
+  const Tensor weight = as_contiguous(qweight), scale = as_contiguous(scales);
   const OptionalTensor zero = contiguous_or_none(qzeros);
   const core::DequantizeArgs args{words_of(weight),
                                   zero ? words_of(*zero) : nullptr,
@@ -97,7 +96,7 @@ std::tuple<Tensor, Tensor, Tensor> quantize(const Tensor& w, std::int64_t group_
   Tensor q = new_empty(w, {n, k}, ScalarType::Byte);
   Tensor scales = new_empty(w, {n, groups}, to_scalar_type(to.scale_type));
   Tensor zeros = new_empty(w, {n, groups}, ScalarType::Byte);
-  const Tensor weight = contiguous(w);
+  const Tensor weight = as_contiguous(w);
   const OptionalTensor ends = contiguous_or_none(range);
   const core::QuantizeArgs args{weight.const_data_ptr(),
                                 ends ? static_cast<const float*>(ends->const_data_ptr()) : nullptr,
@@ -119,7 +118,7 @@ Tensor pack(const Tensor& q, std::string layout) {
   const OnDevice device(q);
   const std::int64_t n = q.size(0), k = q.size(1);
   const core::WordShape shape = core::word_shape(to, n, k);
-  const Tensor codes = contiguous(q);
+  const Tensor codes = as_contiguous(q);
   Tensor words = new_empty(q, {shape.rows, shape.cols}, word_type(to));
   STD_CUDA_CHECK(cuda::pack(to, static_cast<const std::uint8_t*>(codes.const_data_ptr()), words.mutable_data_ptr(), n,
                             k, device.stream));
@@ -129,7 +128,7 @@ Tensor pack(const Tensor& q, std::string layout) {
 Tensor unpack(const Tensor& qweight, std::string layout) {
   const auto [n, k] = check_words("unpack", qweight, layout);
   const OnDevice device(qweight);
-  const Tensor words = contiguous(qweight);
+  const Tensor words = as_contiguous(qweight);
   Tensor q = new_empty(qweight, {n, k}, ScalarType::Byte);
   STD_CUDA_CHECK(cuda::unpack(codes_of("unpack", layout), words.const_data_ptr(),
                               static_cast<std::uint8_t*>(q.mutable_data_ptr()), n, k, device.stream));
@@ -141,7 +140,7 @@ Tensor repack(const Tensor& qweight, std::string src, std::string dst) {
   const core::Codes& to = check_packable("repack", n, k, dst);
   const OnDevice device(qweight);
   const core::WordShape shape = core::word_shape(to, n, k);
-  const Tensor source = contiguous(qweight);
+  const Tensor source = as_contiguous(qweight);
   Tensor target = new_empty(qweight, {shape.rows, shape.cols}, word_type(to));
   STD_CUDA_CHECK(cuda::repack(codes_of("repack", src), to, source.const_data_ptr(), target.mutable_data_ptr(), n, k,
                               device.stream));

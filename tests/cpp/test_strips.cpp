@@ -281,6 +281,23 @@ TEST_CASE("strips: the same bits on x86 and on Arm") {
   });
 }
 
+TEST_CASE("strips: what stands in the padding does not matter") {
+  Random random(39);
+  for (const std::int64_t k : {1, 37, 129, 300})
+    for (const int digits : {1, 2, 3}) {
+      const Problem p({5, 40, k, k}, {}, random);
+      Problem filled = p;
+      const std::int64_t whole = ceil_div(k, kOctet) * kOctet;
+      std::vector<std::uint8_t> q(static_cast<std::size_t>(40 * whole), 15);
+      for (std::int64_t i = 0; i < 40 * k; ++i)
+        q[static_cast<std::size_t>(i / k * whole + i % k)] = p.q[static_cast<std::size_t>(i)];
+      filled.words = test::pack(strips(), q, 40, whole);
+      REQUIRE((filled.words.size() == p.words.size() && filled.words != p.words));
+      CAPTURE(k, digits);
+      for_levels([&](const Kernels& kernels) { CHECK(run(filled, kernels, digits) == run(p, kernels, digits)); });
+    }
+}
+
 TEST_CASE("strips: what is not finite spoils its row and no other") {
   Random random(34);
   constexpr double bad_values[] = {std::numeric_limits<double>::quiet_NaN(), std::numeric_limits<double>::infinity(),
