@@ -556,7 +556,7 @@ def _doctor(args: argparse.Namespace) -> Output:
         )
         have = (
             ", ".join(name for name, present in facts["cpu"]["features"].items() if present)
-            or "neither avx2 nor avx512"
+            or "none that kernels exist for"
         )
         table.add_row("cpu", f"{have}; kernels: {facts['cpu']['kernels']}; {facts['cpu']['threads']} threads")
     table.add_row("cuda", facts["cuda"])

@@ -22,13 +22,13 @@ class _Linear(torch.autograd.Function):
         bias: Tensor | None,
         group_size: int,
         layout: str,
-        precision: str,
+        activation: str,
     ) -> Tensor:
         ctx.save_for_backward(qweight, scales, qzeros)  # type: ignore[arg-type]  # None may be saved too
         ctx.group_size, ctx.layout = group_size, layout  # type: ignore[attr-defined]
         ctx.bias_dtype = None if bias is None else bias.dtype  # type: ignore[attr-defined]
         return torch.ops.awq_ext.linear(
-            x, qweight, scales, qzeros, bias, group_size=group_size, layout=layout, precision=precision
+            x, qweight, scales, qzeros, bias, group_size=group_size, layout=layout, activation=activation
         )
 
     @staticmethod
@@ -66,10 +66,10 @@ def set_cpu_activation(activation: str) -> None:
     _cpu_activation = activation
 
 
-def resolve_precision(precision: str | None, dtype: torch.dtype) -> str:
-    """What the operator is told, for a call or layer that says ``precision`` and inputs of this dtype."""
-    if precision is not None:
-        return precision
+def resolve_activation(activation: str | None, dtype: torch.dtype) -> str:
+    """What the operator is told, for a call or layer that says ``activation`` and inputs of this dtype."""
+    if activation is not None:
+        return activation
     return "int16" if _cpu_activation == "exact" and dtype == torch.float32 and _less_will_do() else _cpu_activation
 
 
@@ -87,11 +87,11 @@ def linear(
     *,
     group_size: int,
     layout: str = "gemm",
-    precision: str | None = None,
+    activation: str | None = None,
 ) -> Tensor:
     """y = x W^T + bias for a 4-bit weight W, differentiable in x and bias.
 
-    Arguments are those of :func:`awq_ext.ops.linear`; ``precision`` None is what :func:`set_cpu_activation` says.
+    Arguments are those of :func:`awq_ext.ops.linear`; ``activation`` None is what :func:`set_cpu_activation` says.
     Under ``torch.autocast`` x is cast to the autocast dtype, as ``torch.nn.functional.linear`` does, and y has that
     dtype; scales keep their own. The raw operator ``torch.ops.awq_ext.linear`` knows neither gradient nor autocast.
     """
@@ -99,9 +99,9 @@ def linear(
     castable = x.is_floating_point() and x.dtype != torch.float64 and not x.is_meta
     if castable and torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
-    precision = resolve_precision(precision, x.dtype)
+    activation = resolve_activation(activation, x.dtype)
     if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
-        return _Linear.apply(x, qweight, scales, qzeros, bias, group_size, layout, precision)
+        return _Linear.apply(x, qweight, scales, qzeros, bias, group_size, layout, activation)
     return torch.ops.awq_ext.linear.default(
-        x, qweight, scales, qzeros, bias, group_size=group_size, layout=layout, precision=precision
+        x, qweight, scales, qzeros, bias, group_size=group_size, layout=layout, activation=activation
     )

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from awq_ext import _library, ops
-from awq_ext.functional import linear, resolve_precision
+from awq_ext.functional import linear, resolve_activation
 from awq_ext.layouts import scales_from_strips, scales_to_strips
 
 W_BIT = 4
@@ -82,7 +82,7 @@ class AwqLinear(nn.Module):
                 self.bias,
                 group_size=self.group_size,
                 layout=self.layout,
-                precision="exact" if activation is None else activation,
+                activation="exact" if activation is None else activation,
             )
         held: dict[str, Any] = self._buffers  # to ask the module for each takes as long as to multiply a small matrix
         return linear(
@@ -93,7 +93,7 @@ class AwqLinear(nn.Module):
             held["bias"],
             group_size=self.group_size,
             layout=self.layout,
-            precision=self.activation,
+            activation=self.activation,
         )
 
     @torch.jit.unused
@@ -201,9 +201,9 @@ def explain(layer: AwqLinear, m: int, dtype: torch.dtype = torch.float32) -> str
     """How the layer multiplies ``m`` rows of inputs in ``dtype``: the kernel, and why that one. A line of text."""
     if layer.qweight.device.type != "cpu":
         return f"{layer.layout} on {layer.qweight.device}: the weight is dequantized to {dtype}, and torch multiplies"
-    precision = resolve_precision(layer.activation, dtype)
+    activation = resolve_activation(layer.activation, dtype)
     plan = _library.native().plan_linear(
-        m, layer.out_features, layer.in_features, str(dtype).removeprefix("torch."), layer.layout, precision
+        m, layer.out_features, layer.in_features, str(dtype).removeprefix("torch."), layer.layout, activation
     )
     pieces = f"{plan['tiles']} pieces of {plan['tile']} columns"
     return f"{plan['kernel']} at level {plan['level']}, {pieces} over {torch.get_num_threads()} threads: {plan['why']}"

@@ -20,7 +20,7 @@ _library.load()  # the package is importable without its libraries (see __init__
 
 _ops = torch.ops.awq_ext
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-_PRECISIONS = ("exact", "int16", "int8")  # see linear
+_ACTIVATIONS = ("exact", "int16", "int8")  # see linear
 _OPTIONAL = ("qzeros", "bias", "range", "tie", "row_weight")
 
 
@@ -33,7 +33,7 @@ def linear(
     *,
     group_size: int,
     layout: str = "gemm",
-    precision: str = "exact",
+    activation: str = "exact",
 ) -> Tensor:
     """y = x W^T + bias, without gradient (:func:`awq_ext.functional.linear` has one).
 
@@ -50,13 +50,13 @@ def linear(
     On CUDA the weight is rounded to x's dtype first, and the product is torch's own.
 
     With layout "strips", x is rounded to integers, by one step for every 128 values at most of a row and group, and
-    their products are exact. ``precision`` says how many bits suffice; the other layout always has float32:
+    their products are exact. ``activation`` says how many bits suffice; the other layout always has float32:
 
     - "exact": less is lost than by x's own dtype; 16 bits for float16 and bfloat16, 24 for float32;
     - "int16": 16 bits, for float32 x too;
     - "int8": 8 bits, about twice as fast for many rows, and no more exact than that.
     """
-    return _ops.linear(x, qweight, scales, qzeros, bias, group_size=group_size, layout=layout, precision=precision)
+    return _ops.linear(x, qweight, scales, qzeros, bias, group_size=group_size, layout=layout, activation=activation)
 
 
 @torch.library.register_fake("awq_ext::linear")
@@ -69,7 +69,7 @@ def _linear_fake(
     *,
     group_size: int,
     layout: str = "gemm",
-    precision: str = "exact",
+    activation: str = "exact",
 ) -> Tensor:
     _check_tensors("linear", x=x, qweight=qweight, scales=scales, qzeros=qzeros, bias=bias)
     k_of_x = x.shape[-1] if x.dim() >= 1 else None
@@ -79,8 +79,8 @@ def _linear_fake(
     if bias is not None:
         _check(bias.dtype in _FLOATS and bias.dim() == 1 and bias.shape[0] == n, "linear", "bias", f"[{n}]", bias)
     torch._check(
-        precision in _PRECISIONS,
-        lambda: f"awq_ext::linear: precision must be 'exact', 'int16' or 'int8', got '{precision}'",
+        activation in _ACTIVATIONS,
+        lambda: f"awq_ext::linear: activation must be 'exact', 'int16' or 'int8', got '{activation}'",
     )
     return x.new_empty((*x.shape[:-1], n))
 

@@ -65,8 +65,8 @@ def ours(weight: Tensor, group_size: int) -> tuple[dict[str, Contestant], int]:
     exact = ops.dequantize(*packed, **options, dtype=torch.float32)
     turns = [pack() for _ in how_many(*packed)]  # clones would not lie in large pages
 
-    def call(precision: str, x: Tensor, i: int) -> Tensor:
-        return torch.ops.awq_ext.linear(x, *turns[i % len(turns)], **options, precision=precision)
+    def call(activation: str, x: Tensor, i: int) -> Tensor:
+        return torch.ops.awq_ext.linear(x, *turns[i % len(turns)], **options, activation=activation)
 
     modes = {"bfloat16": "exact", "int8": "int8", "float32": "exact"}
     found = {f"awq_ext {name}": Contestant(name, partial(call, mode), exact) for name, mode in modes.items()}

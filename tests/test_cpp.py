@@ -1,4 +1,5 @@
-"""C++ callers: the core's own tests under sanitizers, and a LibTorch program that runs the operators without Python."""
+"""C++ callers: the core's own tests under sanitizers and on an emulated Arm CPU, and a LibTorch program that runs the
+operators without Python."""
 
 from __future__ import annotations
 
@@ -17,6 +18,8 @@ from awq_ext import _library
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 BUILD = REPOSITORY / "build" / "cpp-tests"
+ARM_BUILD = REPOSITORY / "build" / "cpp-tests-aarch64"
+CORE_ONLY = ["-DAWQ_OPS=OFF", "-DAWQ_NATIVE=OFF", "-DAWQ_TESTS=ON", "-DAWQ_WERROR=ON"]
 
 
 def run(*command: str | Path, timeout: int = 800) -> subprocess.CompletedProcess[str]:
@@ -41,21 +44,35 @@ def missing(what: str) -> None:
     pytest.skip(f"needs {what}")
 
 
-@pytest.mark.slow
-def test_core_under_sanitizers() -> None:
-    """Configures, builds and runs tests/cpp, as CONTRIBUTING.md says; the build is kept for the next time."""
-    compiler()
+def build_core_tests(build: Path, *options: str) -> None:
+    """Configures and builds tests/cpp, as CONTRIBUTING.md says; the build is kept for the next time."""
     if shutil.which("cmake") is None or shutil.which("ctest") is None:
         missing("cmake")
-    options = ["-DAWQ_OPS=OFF", "-DAWQ_NATIVE=OFF", "-DAWQ_TESTS=ON", "-DAWQ_SANITIZE=ON", "-DAWQ_WERROR=ON"]
-    generator = ["-G", "Ninja"] if shutil.which("ninja") and not (BUILD / "CMakeCache.txt").is_file() else []
-    configure = ["cmake", "-S", str(REPOSITORY), "-B", str(BUILD), *generator, *options]
+    generator = ["-G", "Ninja"] if shutil.which("ninja") and not (build / "CMakeCache.txt").is_file() else []
+    configure = ["cmake", "-S", str(REPOSITORY), "-B", str(build), *generator, *CORE_ONLY, *options]
     configured = subprocess.run(configure, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300)
     if configured.returncode and "needs Catch2" in configured.stdout:
         missing("Catch2 (apt-get install catch2)")
     assert configured.returncode == 0, configured.stdout
-    run("cmake", "--build", BUILD, "--parallel", str(min(4, os.cpu_count() or 1)))
+    run("cmake", "--build", build, "--parallel", str(min(4, os.cpu_count() or 1)))
+
+
+@pytest.mark.slow
+def test_core_under_sanitizers() -> None:
+    compiler()
+    build_core_tests(BUILD, "-DAWQ_SANITIZE=ON")
     run("ctest", "--test-dir", BUILD, "--output-on-failure", "--no-tests=error")
+
+
+@pytest.mark.slow
+def test_core_on_an_emulated_arm_cpu() -> None:
+    """Every level of an AArch64 CPU, the same bits as on x86 where the tests say so. CI need not have the tools."""
+    for program in ("aarch64-linux-gnu-g++", "qemu-aarch64", "cmake"):
+        if shutil.which(program) is None:
+            pytest.skip(f"needs {program}")
+    build_core_tests(ARM_BUILD, f"--toolchain={REPOSITORY / 'tests' / 'cpp' / 'aarch64.cmake'}")
+    ran = run("ctest", "--test-dir", ARM_BUILD, "--output-on-failure", "--no-tests=error", "-V")
+    assert "level: neon_dotprod" in ran.stdout
 
 
 @pytest.mark.skipif(sys.version_info >= (3, 14), reason="TorchScript is not supported on Python 3.14 and later")

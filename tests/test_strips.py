@@ -54,10 +54,10 @@ def randn(*shape: int, seed: int = 0, dtype: torch.dtype = F32) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-def check(y: Tensor, x: Tensor, w: Weight, bias: Tensor | None, precision: str) -> None:
+def check(y: Tensor, x: Tensor, w: Weight, bias: Tensor | None, activation: str) -> None:
     """|y - x W^T - bias| within the bound of csrc/core/strips.h: x rounded to step / 2, sums of float32."""
     k, rows = x.shape[-1], x.double().reshape(-1, x.shape[-1])
-    limit = LIMITS["int16" if precision == "exact" and x.dtype != F32 else precision]
+    limit = LIMITS["int16" if activation == "exact" and x.dtype != F32 else activation]
     step = torch.zeros_like(rows)
     for group in range(0, k, w.group):
         for first in range(group, group + w.group, 128):
@@ -115,14 +115,14 @@ def test_repack_from_and_to_every_layout(other: str) -> None:
 
 @pytest.mark.parametrize(("n", "k", "group"), SHAPES)
 @pytest.mark.parametrize("dtype", [F32, F16, BF16])
-@pytest.mark.parametrize("precision", LIMITS)
-def test_linear_keeps_its_error_bound(n: int, k: int, group: int, dtype: torch.dtype, precision: str) -> None:
+@pytest.mark.parametrize("activation", LIMITS)
+def test_linear_keeps_its_error_bound(n: int, k: int, group: int, dtype: torch.dtype, activation: str) -> None:
     w = random_weight(n, k, group)
     for m in (1, 2, 5, 8, 19, 71):
         x, bias = randn(m, k, seed=m, dtype=dtype), randn(n, dtype=BF16) if m % 2 else None
-        y = ops.linear(x, **Strips.of(w).arguments(group, bias=bias, precision=precision))
+        y = ops.linear(x, **Strips.of(w).arguments(group, bias=bias, activation=activation))
         assert y.dtype == dtype
-        check(y, x, w, bias, precision)
+        check(y, x, w, bias, activation)
 
 
 @pytest.mark.parametrize(("n", "k", "group"), SHAPES)
@@ -147,18 +147,18 @@ def test_a_symmetric_weight_needs_no_zeros() -> None:
     assert torch.equal(ops.dequantize(**{**arguments, "qzeros": None}), ops.dequantize(**arguments))
 
 
-def test_precision_is_what_is_asked_for() -> None:
+def test_activation_is_what_is_asked_for() -> None:
     """Float16 x is exact at 16 bits already; of float32 x each step costs some 8 bits."""
     w = random_weight(64, 1024, 128)
     x = randn(16, 1024)
     arguments = Strips.of(w).arguments(128)
-    exact, int16, int8 = (ops.linear(x, **arguments, precision=p) for p in ("exact", "int16", "int8"))
+    exact, int16, int8 = (ops.linear(x, **arguments, activation=p) for p in ("exact", "int16", "int8"))
     reference = x.double() @ w.dense.t()
     errors = [((y.double() - reference).norm() / reference.norm()).item() for y in (exact, int16, int8)]
     assert errors[0] < 1e-6 < 1e-5 < errors[1] < 1e-4 < 2e-3 < errors[2] < 2e-2
-    assert torch.equal(ops.linear(x.half(), **arguments), ops.linear(x.half(), **arguments, precision="int16"))
+    assert torch.equal(ops.linear(x.half(), **arguments), ops.linear(x.half(), **arguments, activation="int16"))
     gemm = dict(zip(("qweight", "scales", "qzeros"), w.tensors, strict=True), group_size=128)
-    assert torch.equal(ops.linear(x, **gemm, precision="int8"), ops.linear(x, **gemm))
+    assert torch.equal(ops.linear(x, **gemm, activation="int8"), ops.linear(x, **gemm))
 
 
 @pytest.fixture
@@ -171,7 +171,7 @@ def matmul_precision() -> Iterator[None]:
 def test_torch_says_what_float32_needs(matmul_precision: None) -> None:
     arguments = Strips.of(random_weight(64, 256, 128)).arguments(128)
     x = randn(4, 256).requires_grad_()
-    exact, int16 = (ops.linear(x.detach(), **arguments, precision=p) for p in ("exact", "int16"))
+    exact, int16 = (ops.linear(x.detach(), **arguments, activation=p) for p in ("exact", "int16"))
     assert not torch.equal(exact, int16)
     for setting, expected in (("highest", exact), ("high", int16), ("medium", int16)):
         torch.set_float32_matmul_precision(setting)
@@ -179,7 +179,7 @@ def test_torch_says_what_float32_needs(matmul_precision: None) -> None:
         for function in (functional.linear, compiled):
             with torch.no_grad():
                 assert torch.equal(function(x, **arguments), expected)
-                assert torch.equal(function(x, **arguments, precision="exact"), exact)
+                assert torch.equal(function(x, **arguments, activation="exact"), exact)
         y = functional.linear(x, **arguments)
         assert torch.equal(y, expected)
         (grad,) = torch.autograd.grad(y.sum(), x)
@@ -210,13 +210,13 @@ def test_strided_rows_and_leading_dimensions(dtype: torch.dtype) -> None:
     assert ops.linear(flat[:0], **arguments).shape == (0, 40)
 
 
-@pytest.mark.parametrize("precision", LIMITS)
+@pytest.mark.parametrize("activation", LIMITS)
 @pytest.mark.parametrize("dtype", [F32, BF16])
 def test_the_same_bytes_at_any_number_of_threads_and_in_any_batch(
-    precision: str, dtype: torch.dtype, threads: None
+    activation: str, dtype: torch.dtype, threads: None
 ) -> None:
     w = random_weight(1000, 512, 128)
-    arguments = Strips.of(w).arguments(128, bias=randn(1000), precision=precision)
+    arguments = Strips.of(w).arguments(128, bias=randn(1000), activation=activation)
     x = randn(600, 512, dtype=dtype)
     rows = {m: x[:m] for m in (1, 3, 4, 7, 33, 600)}
     expected = None
@@ -273,7 +273,7 @@ BAD: list[tuple[str, dict[str, Any], str, str]] = [
     ("linear", {"scales": torch.ones(80)}, "scales must be", "got [80] float32"),
     ("linear", {"qzeros": torch.zeros(2, 5, dtype=torch.int32)}, "qzeros must be", "got [2, 5] int32"),
     ("linear", {"bias": torch.ones(39)}, "bias must be", "got [39] float32"),
-    ("linear", {"precision": "float16"}, "precision must be 'exact', 'int16' or 'int8'", "got 'float16'"),
+    ("linear", {"activation": "float16"}, "activation must be 'exact', 'int16' or 'int8'", "got 'float16'"),
     ("linear", {"group_size": 0}, "group_size must be positive", "got 0"),
     ("dequantize", {"group_size": 24}, "must be", "got"),
     ("linear", {"group_size": 16, "scales": torch.ones(2, 40)}, "scales must be", "got [2, 40] float32"),
@@ -306,11 +306,11 @@ def test_groups_that_share_a_word_are_refused() -> None:
 
 
 @pytest.mark.parametrize("dtype", [F32, F16, BF16, F64])
-@pytest.mark.parametrize("precision", LIMITS)
-def test_opcheck(dtype: torch.dtype, precision: str) -> None:
+@pytest.mark.parametrize("activation", LIMITS)
+def test_opcheck(dtype: torch.dtype, activation: str) -> None:
     arguments = Strips.of(random_weight(40, 64, 32)).arguments(32)
     x = randn(2, 5, 64).to(dtype)
-    torch.library.opcheck(torch.ops.awq_ext.linear.default, (x,), {**arguments, "precision": precision})
+    torch.library.opcheck(torch.ops.awq_ext.linear.default, (x,), {**arguments, "activation": activation})
     torch.library.opcheck(torch.ops.awq_ext.dequantize.default, (), arguments)
 
 
@@ -335,7 +335,7 @@ class Layer(torch.nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.ops.awq_ext.linear(
-            x, self.qweight, self.scales, self.qzeros, None, group_size=32, layout="strips", precision="int16"
+            x, self.qweight, self.scales, self.qzeros, None, group_size=32, layout="strips", activation="int16"
         )
 
 
@@ -361,8 +361,8 @@ def test_script() -> None:
 def test_plans() -> None:
     native = _library.native()
     plans = [
-        native.plan_linear(m, 4096, 4096, dtype, "strips", precision)
-        for m, dtype, precision in ((1, "float16", "exact"), (512, "float32", "exact"), (16, "float32", "int8"))
+        native.plan_linear(m, 4096, 4096, dtype, "strips", activation)
+        for m, dtype, activation in ((1, "float16", "exact"), (512, "float32", "exact"), (16, "float32", "int8"))
     ]
     assert [plan["kernel"] for plan in plans] == ["strips"] * 3
     assert [plan["digits"] for plan in plans] == [2, 3, 1]

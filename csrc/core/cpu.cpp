@@ -5,6 +5,11 @@
 #include <cstring>
 #if defined(__x86_64__)
 #include <cpuid.h>
+#elif defined(__aarch64__) && defined(__linux__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+#elif defined(__aarch64__) && defined(__APPLE__)
+#include <sys/sysctl.h>
 #endif
 
 namespace awq::core {
@@ -20,6 +25,12 @@ const CpuFeatures& cpu_features() {
                __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
     f.avx512_vnni = f.avx512 && __builtin_cpu_supports("avx512vnni");
     f.avx512_bf16 = f.avx512_vnni && __builtin_cpu_supports("avx512bf16");
+#elif defined(__aarch64__) && defined(__linux__)
+    f.neon_dotprod = (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0;
+#elif defined(__aarch64__) && defined(__APPLE__)
+    int has = 0;
+    std::size_t size = sizeof has;
+    f.neon_dotprod = sysctlbyname("hw.optional.arm.FEAT_DotProd", &has, &size, nullptr, 0) == 0 && has != 0;
 #endif
     return f;
   }();
@@ -35,6 +46,8 @@ const Kernels* const* all_kernels() {
     if (cpu_features().avx512_vnni) list[count++] = &avx512_vnni_kernels();
     if (cpu_features().avx512) list[count++] = &avx512_kernels();
     if (cpu_features().avx2) list[count++] = &avx2_kernels();
+#elif defined(__aarch64__)
+    if (cpu_features().neon_dotprod) list[count++] = &neon_dotprod_kernels();
 #endif
     list[count] = &portable_kernels();
     return list;

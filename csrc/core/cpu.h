@@ -8,7 +8,8 @@ struct CpuFeatures {
   bool avx2 = false;    // AVX2, FMA and F16C
   bool avx512 = false;  // F, BW, DQ, VL
   bool avx512_vnni = false;
-  bool avx512_bf16 = false;  // with avx512_vnni
+  bool avx512_bf16 = false;   // with avx512_vnni
+  bool neon_dotprod = false;  // of Arm: SDOT, optional in ARMv8.2
 };
 
 /// Asked of the CPU once.

@@ -23,7 +23,7 @@ struct LinearWork {
 };
 
 struct Kernels {
-  const char* name;    // "portable", "avx2", "avx512", "avx512_vnni", "avx512_bf16"
+  const char* name;    // "portable", "avx2", "avx512", "avx512_vnni", "avx512_bf16", "neon_dotprod"
   std::int64_t strip;  // output columns that a linear kernel handles together, a multiple of eight
   std::int64_t panel;  // columns of a packed triangle that gram_loss handles together
 
@@ -91,6 +91,8 @@ const Kernels& avx2_kernels();
 const Kernels& avx512_kernels();
 const Kernels& avx512_vnni_kernels();
 const Kernels& avx512_bf16_kernels();
+#elif defined(__aarch64__)
+const Kernels& neon_dotprod_kernels();
 #endif
 
 }  // namespace awq::core

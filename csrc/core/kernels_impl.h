@@ -47,11 +47,7 @@ inline __attribute__((always_inline)) void multiply_add(const float* a, std::int
   }
 }
 
-#if defined(__AVX512F__)
-inline constexpr int kTileRows = 6, kTileVectors = 4;  // 24 accumulators of 32 registers
-#else
-inline constexpr int kTileRows = 6, kTileVectors = 2;  // 12 of 16
-#endif
+inline constexpr int kTileRows = 6, kTileVectors = kRegisters / 8;  // 24 accumulators of 32 registers, 12 of 16
 inline constexpr std::int64_t kPanel = std::int64_t{kTileVectors} * kLanes;
 
 /// Calls f.template operator()<rows>(first) for tiles of kTileRows rows and one tile for the rest.
@@ -144,10 +140,9 @@ void linear_decode(const LinearWork& work, std::int64_t begin, std::int64_t end)
       const std::int64_t word = strip * kLanes, words = smaller(kLanes, all_words - word);
       load_scales(a, g, strip * kStrip, scales);
       std::int64_t row = 0;
-#if defined(__AVX512F__)  // two rows need 16 accumulators, which only this level has registers for
-      for (; row + 2 <= a.m; row += 2)
-        decode_group<2>(work, row, g, word, words, scales, work.acc + (strip * a.m + row) * kStrip);
-#endif
+      if constexpr (kRegisters == 32)  // two rows need 16 accumulators
+        for (; row + 2 <= a.m; row += 2)
+          decode_group<2>(work, row, g, word, words, scales, work.acc + (strip * a.m + row) * kStrip);
       for (; row < a.m; ++row)
         decode_group<1>(work, row, g, word, words, scales, work.acc + (strip * a.m + row) * kStrip);
     }
@@ -276,6 +271,8 @@ void gram_loss(const float* d, std::int64_t rows, const float* triangle, std::in
 // missing is zero, which adds nothing.
 #if defined(__AVX512F__)
 inline constexpr int kGramRows = 8;  // by three vectors: 24 accumulators of 32 registers
+#elif defined(__aarch64__)
+inline constexpr int kGramRows = 6;  // 18: a panel is whole tiles of rows
 #else
 inline constexpr int kGramRows = 4;  // 12 of 16
 #endif

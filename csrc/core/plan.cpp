@@ -44,12 +44,12 @@ LinearPlan plan_linear(std::int64_t m, std::int64_t n, std::int64_t k, DType x_t
   return plan;
 }
 
-LinearPlan plan_strips(std::int64_t m, std::int64_t n, std::int64_t k, DType x_type, Precision precision,
+LinearPlan plan_strips(std::int64_t m, std::int64_t n, std::int64_t k, DType x_type, Activation activation,
                        const Kernels& kernels) {
   LinearPlan plan = plan_reference(n);
   if (x_type != DType::f64) {
     plan.kernel = LinearKernel::strips, plan.name = "strips";
-    plan.digits = digits_of(precision, x_type);
+    plan.digits = digits_of(activation, x_type);
     plan.why = plan.digits == 1   ? "x as int8: the caller said that is enough"
                : plan.digits == 2 ? "x as int16, two products of eight bits: less is lost than by a 16-bit type"
                                   : "x as integers of 24 bits, three products of eight bits: as exact as float32";

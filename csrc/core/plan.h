@@ -25,7 +25,7 @@ struct LinearPlan {
 LinearPlan plan_linear(std::int64_t m, std::int64_t n, std::int64_t k, DType x_type, const Kernels& kernels);
 
 /// The same for layout strips.
-LinearPlan plan_strips(std::int64_t m, std::int64_t n, std::int64_t k, DType x_type, Precision precision,
+LinearPlan plan_strips(std::int64_t m, std::int64_t n, std::int64_t k, DType x_type, Activation activation,
                        const Kernels& kernels);
 
 /// Rows of a tile, when `rows` are cut into equal tiles of at most `most`.

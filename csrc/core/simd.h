@@ -5,6 +5,8 @@
 #include <cstring>
 #if defined(__AVX2__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>  // of which every AArch64 CPU has what this file takes: "portable" is NEON there
 #endif
 
 #include "types.h"
@@ -20,6 +22,13 @@ inline constexpr int kLanes = 8;
 inline constexpr int kLanes = 4;
 #endif
 
+// Vectors that the CPU has names for: how many sums a kernel keeps at a time follows from it.
+#if defined(__AVX512F__) || defined(__aarch64__)
+inline constexpr int kRegisters = 32;
+#else
+inline constexpr int kRegisters = 16;
+#endif
+
 typedef float Floats __attribute__((vector_size(4 * kLanes), may_alias));
 typedef std::uint32_t Words __attribute__((vector_size(4 * kLanes), may_alias));
 typedef std::int32_t Ints __attribute__((vector_size(4 * kLanes), may_alias));
@@ -27,6 +36,7 @@ typedef std::uint64_t Longs __attribute__((vector_size(4 * kLanes), may_alias));
 typedef std::uint16_t Shorts __attribute__((vector_size(4 * kLanes), may_alias));
 typedef std::uint16_t HalfWords __attribute__((vector_size(2 * kLanes), may_alias));
 typedef std::uint8_t HalfBytes __attribute__((vector_size(2 * kLanes), may_alias));
+typedef std::int8_t SmallBytes __attribute__((vector_size(kLanes), may_alias));
 
 // The same at any address. Only for access: as types of variables they lead clang to use aligned instructions on them.
 typedef float FloatsAnywhere __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
@@ -50,6 +60,8 @@ inline Floats fma(Floats a, Floats b, Floats c) {
   return static_cast<Floats>(_mm512_fmadd_ps(a, b, c));
 #elif defined(__FMA__)
   return static_cast<Floats>(_mm256_fmadd_ps(a, b, c));
+#elif defined(__aarch64__)
+  return static_cast<Floats>(vfmaq_f32(c, a, b));
 #else
   return a * b + c;
 #endif
@@ -58,6 +70,8 @@ inline Floats fma(Floats a, Floats b, Floats c) {
 inline std::int32_t largest_of(Ints v) {
 #if defined(__AVX512F__)
   return _mm512_reduce_max_epi32(reinterpret_cast<__m512i>(v));
+#elif defined(__aarch64__)
+  return vmaxvq_s32(reinterpret_cast<int32x4_t>(v));
 #else
   std::int32_t largest = v[0];
   for (int c = 1; c < kLanes; ++c) largest = v[c] > largest ? v[c] : largest;
@@ -68,10 +82,24 @@ inline std::int32_t largest_of(Ints v) {
 inline std::int32_t sum_of(Ints v) {
 #if defined(__AVX512F__)
   return _mm512_reduce_add_epi32(reinterpret_cast<__m512i>(v));
+#elif defined(__aarch64__)
+  return vaddvq_s32(reinterpret_cast<int32x4_t>(v));
 #else
   std::int32_t sum = 0;
   for (int c = 0; c < kLanes; ++c) sum += v[c];
   return sum;
+#endif
+}
+
+/// The lowest byte of every lane, to kLanes bytes at p.
+inline void store_lowest_bytes(std::int8_t* p, Ints v) {
+#if defined(__aarch64__)  // compilers have no vectors of four bytes there and go lane by lane
+  const int8x16_t bytes = vreinterpretq_s8_s32(reinterpret_cast<int32x4_t>(v));
+  const int8x16_t even = vuzp1q_s8(bytes, bytes), lowest = vuzp1q_s8(even, even);
+  std::memcpy(p, &lowest, sizeof(SmallBytes));
+#else
+  const SmallBytes bytes = __builtin_convertvector(v, SmallBytes);
+  std::memcpy(p, &bytes, sizeof bytes);
 #endif
 }
 
@@ -95,6 +123,12 @@ inline void store_as(void* data, DType t, std::int64_t i, Floats v) {
 #if defined(__AVX512F__)
   if (t == DType::f16 && _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q) == 0) {  // NaNs would keep more of their bits
     const __m256i halves = _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    std::memcpy(static_cast<std::uint16_t*>(data) + i, &halves, sizeof halves);
+    return;
+  }
+#elif defined(__aarch64__)
+  if (t == DType::f16 && vminvq_u32(vceqq_f32(v, v)) != 0) {  // no NaN
+    const float16x4_t halves = vcvt_f16_f32(v);
     std::memcpy(static_cast<std::uint16_t*>(data) + i, &halves, sizeof halves);
     return;
   }
@@ -128,6 +162,8 @@ inline void convert_to_float(const void* data, DType t, std::int64_t offset, std
 #elif defined(__F16C__)
     for (; i + 8 <= count; i += 8)
       _mm256_storeu_ps(out + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(in + i))));
+#elif defined(__aarch64__)
+    for (; i + 4 <= count; i += 4) vst1q_f32(out + i, vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(in + i))));
 #endif
     for (; i < count; ++i) out[i] = half_to_float(in[i]);
   } else {
@@ -141,6 +177,10 @@ inline Ints load_bytes(const std::uint8_t* bytes) {
   return reinterpret_cast<Ints>(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes))));
 #elif defined(__AVX2__)
   return reinterpret_cast<Ints>(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(bytes))));
+#elif defined(__aarch64__)
+  std::uint32_t four;
+  std::memcpy(&four, bytes, sizeof four);
+  return reinterpret_cast<Ints>(vmovl_u16(vget_low_u16(vmovl_u8(vcreate_u8(four)))));
 #else
   typedef std::uint8_t Bytes __attribute__((vector_size(kLanes), may_alias));
   Bytes b;
@@ -163,6 +203,18 @@ inline void exchange(Words& a, Words& b) {
     const auto x = reinterpret_cast<__m512i>(a), y = reinterpret_cast<__m512i>(b);
     a = reinterpret_cast<Words>(_mm512_mask_shuffle_epi8(x, ~kLower, y, table));
     b = reinterpret_cast<Words>(_mm512_mask_shuffle_epi8(y, kLower, x, table));
+    return;
+  }
+#elif defined(__aarch64__)
+  if constexpr (kBits <= 8) {
+    const auto x = reinterpret_cast<uint8x16_t>(a), y = reinterpret_cast<uint8x16_t>(b);
+    a = reinterpret_cast<Words>(kBits == 4 ? vsliq_n_u8(x, y, 4) : vtrn1q_u8(x, y));
+    b = reinterpret_cast<Words>(kBits == 4 ? vsriq_n_u8(y, x, 4) : vtrn2q_u8(x, y));
+    return;
+  } else if constexpr (kBits == 16) {
+    const auto x = reinterpret_cast<uint16x8_t>(a), y = reinterpret_cast<uint16x8_t>(b);
+    a = reinterpret_cast<Words>(vtrn1q_u16(x, y));
+    b = reinterpret_cast<Words>(vtrn2q_u16(x, y));
     return;
   }
 #endif
@@ -189,6 +241,10 @@ inline void riffle(Words a, Words b, Words& low, Words& high) {
   const __m256i even = _mm256_unpacklo_epi32(x, y), odd = _mm256_unpackhi_epi32(x, y);
   low = reinterpret_cast<Words>(_mm256_permute2x128_si256(even, odd, 0x20));
   high = reinterpret_cast<Words>(_mm256_permute2x128_si256(even, odd, 0x31));
+#elif defined(__aarch64__)
+  const auto x = reinterpret_cast<uint32x4_t>(a), y = reinterpret_cast<uint32x4_t>(b);
+  low = reinterpret_cast<Words>(vzip1q_u32(x, y));
+  high = reinterpret_cast<Words>(vzip2q_u32(x, y));
 #else
   low = Words{a[0], b[0], a[1], b[1]};
   high = Words{a[2], b[2], a[3], b[3]};
@@ -218,7 +274,7 @@ inline Words shuffle_bytes(Words v, __m128i table) {
   return reinterpret_cast<Words>(_mm256_shuffle_epi8(reinterpret_cast<__m256i>(v), _mm256_broadcastsi128_si256(table)));
 #endif
 }
-#else
+#elif !defined(__aarch64__)
 /// Of four 32-bit elements, and of every four 16-bit ones, the two in the middle change places. Compilers know these
 /// forms as one instruction each.
 inline Words swap_middle_words(Words v) { return Words{v[0], v[2], v[1], v[3]}; }
@@ -234,6 +290,9 @@ inline Words swap_middle_shorts(Words v) {
 inline Words interleave_halves(Words v) {
 #if defined(__AVX2__)
   return shuffle_bytes(v, _mm_setr_epi8(0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15));
+#elif defined(__aarch64__)
+  const auto x = reinterpret_cast<uint16x8_t>(v);
+  return reinterpret_cast<Words>(vzip1q_u16(x, vextq_u16(x, x, 4)));
 #else
   return swap_middle_shorts(swap_middle_words(v));
 #endif
@@ -243,6 +302,9 @@ inline Words interleave_halves(Words v) {
 inline Words separate_halves(Words v) {
 #if defined(__AVX2__)
   return shuffle_bytes(v, _mm_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15));
+#elif defined(__aarch64__)
+  const auto x = reinterpret_cast<uint16x8_t>(v);
+  return reinterpret_cast<Words>(vcombine_u16(vget_low_u16(vuzp1q_u16(x, x)), vget_low_u16(vuzp2q_u16(x, x))));
 #else
   return swap_middle_words(swap_middle_shorts(v));
 #endif

@@ -15,7 +15,7 @@
 namespace awq::core {
 
 /// How x may be rounded before it is multiplied.
-enum class Precision : std::uint8_t {
+enum class Activation : std::uint8_t {
   exact,  // less than by its own type
   int16,  // two digits: to 1 / 65278 of the segment's largest value
   int8,   // one digit: to 1 / 254
@@ -25,9 +25,9 @@ inline constexpr int kMostDigits = 3;
 inline constexpr std::int64_t kSegment = 128;  // values, at most
 inline constexpr std::int64_t kOctet = 8;      // values that a word of the weight holds
 
-AWQ_HOST_DEVICE constexpr int digits_of(Precision precision, DType x_type) {
-  if (precision == Precision::exact) return x_type == DType::f32 ? 3 : 2;
-  return precision == Precision::int16 ? 2 : 1;
+AWQ_HOST_DEVICE constexpr int digits_of(Activation activation, DType x_type) {
+  if (activation == Activation::exact) return x_type == DType::f32 ? 3 : 2;
+  return activation == Activation::int16 ? 2 : 1;
 }
 
 /// Whether the kernels can have such groups: no word of the weight may belong to two.

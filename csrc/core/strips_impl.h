@@ -14,21 +14,14 @@
 namespace awq::core {
 namespace {
 
-typedef std::int8_t SmallBytes __attribute__((vector_size(kLanes), may_alias));
-
 inline constexpr int kVectors = 2;                              // vectors of columns whose sums are kept at a time
 inline constexpr std::int64_t kPart = kVectors * kLanes;        // columns: a strip is 1, 2 or 4 parts
 inline constexpr std::int64_t kOctetBytes = kStripColumns * 4;  // of a strip
 static_assert(kStripColumns % kPart == 0);
 
 // How many rows a tile has at most, by digits, and how many sums of a part fit into the registers beside codes.
-#if defined(__AVX512F__)
-inline constexpr int kRowsOfDigits[kMostDigits] = {8, 8, 4};
-inline constexpr int kSumsAtOnce = 12;
-#else
-inline constexpr int kRowsOfDigits[kMostDigits] = {4, 4, 2};
-inline constexpr int kSumsAtOnce = 4;
-#endif
+inline constexpr int kRowsOfDigits[kMostDigits] = {kRegisters / 4, kRegisters / 4, kRegisters / 8};
+inline constexpr int kSumsAtOnce = kRegisters == 32 ? 12 : 4;
 
 // --- x -> digits ----------------------------------------------------------------------------------------------------
 
@@ -65,8 +58,7 @@ inline Rounded round_segment(const float* x, std::int64_t count, std::int8_t (*d
     sum += rest;
 #pragma GCC unroll 3
     for (int d = kDigits - 1; d >= 0; --d) {
-      const SmallBytes bytes = __builtin_convertvector(rest, SmallBytes);  // rest mod 256, as -128 .. 127
-      std::memcpy(digits[d] + i, &bytes, sizeof bytes);
+      store_lowest_bytes(digits[d] + i, rest);  // rest mod 256, as -128 .. 127
       rest = (rest + 128) >> 8;
     }
   }
@@ -90,7 +82,8 @@ inline void prepare_tile(const StripsWork& work, std::int64_t tile) {
       if (row < work.rows) {
         for (std::int64_t j = size / kLanes * kLanes; j < kSegment; ++j) x[j] = 0.0f;
         convert_to_float(a.x, a.x_type, (work.row + row) * a.x_stride + begin, size, x);
-        rounded = round_segment<kDigits>(x, ceil_div(size, kLanes) * kLanes, digits);
+        constexpr std::int64_t kWhole = kLanes < kOctet ? kOctet : kLanes;  // digits of padding are 0
+        rounded = round_segment<kDigits>(x, ceil_div(size, kWhole) * kWhole, digits);
       } else {
         std::memset(digits, 0, sizeof digits);
       }
@@ -138,6 +131,18 @@ inline __attribute__((always_inline)) void dot(Ints (&sum)[kSums], Words low, Wo
       _mm256_add_epi16(_mm256_maddubs_epi16(reinterpret_cast<__m256i>(low), reinterpret_cast<__m256i>(x0)),
                        _mm256_maddubs_epi16(reinterpret_cast<__m256i>(high), reinterpret_cast<__m256i>(x1)));
   sum[0] += reinterpret_cast<Ints>(_mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+#elif defined(__ARM_FEATURE_DOTPROD)
+  Ints& last = sum[kSums - 1];
+  sum[0] = reinterpret_cast<Ints>(vdotq_s32(reinterpret_cast<int32x4_t>(sum[0]), reinterpret_cast<int8x16_t>(low),
+                                            reinterpret_cast<int8x16_t>(x0)));
+  last = reinterpret_cast<Ints>(
+      vdotq_s32(reinterpret_cast<int32x4_t>(last), reinterpret_cast<int8x16_t>(high), reinterpret_cast<int8x16_t>(x1)));
+#elif defined(__aarch64__)
+  const auto a = reinterpret_cast<int8x16_t>(low), b = reinterpret_cast<int8x16_t>(x0);
+  const auto c = reinterpret_cast<int8x16_t>(high), d = reinterpret_cast<int8x16_t>(x1);
+  const int16x8_t first = vmlal_s8(vmull_s8(vget_low_s8(a), vget_low_s8(b)), vget_low_s8(c), vget_low_s8(d));
+  const int16x8_t second = vmlal_high_s8(vmull_high_s8(a, b), c, d);
+  sum[0] = reinterpret_cast<Ints>(vpadalq_s16(reinterpret_cast<int32x4_t>(sum[0]), vpaddq_s16(first, second)));
 #else
   typedef std::int16_t Halves __attribute__((vector_size(4 * kLanes), may_alias));
   const auto even = [](Words bytes) { return reinterpret_cast<Halves>(bytes) << 8 >> 8; };

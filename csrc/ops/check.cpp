@@ -177,11 +177,11 @@ WeightShape check_weight(const char* op, const Tensor& qweight, const Tensor& sc
   return {n, k, group, groups};
 }
 
-core::Precision precision_of(const std::string& name) {
-  if (name == "exact") return core::Precision::exact;
-  if (name == "int16") return core::Precision::int16;
-  STD_TORCH_CHECK(name == "int8", "awq_ext::linear: precision must be 'exact', 'int16' or 'int8', got '", name, "'");
-  return core::Precision::int8;
+core::Activation activation_of(const std::string& name) {
+  if (name == "exact") return core::Activation::exact;
+  if (name == "int16") return core::Activation::int16;
+  STD_TORCH_CHECK(name == "int8", "awq_ext::linear: activation must be 'exact', 'int16' or 'int8', got '", name, "'");
+  return core::Activation::int8;
 }
 
 }  // namespace
@@ -193,7 +193,7 @@ WeightShape check_weight(const char* op, const Tensor& qweight, const Tensor& sc
 
 LinearShape check_linear(const Tensor& x, const Tensor& qweight, const Tensor& scales, const OptionalTensor& qzeros,
                          const OptionalTensor& bias, std::int64_t group_size, const std::string& layout,
-                         const std::string& precision) {
+                         const std::string& activation) {
   check_given("linear", "x", x);
   float_type("linear", "x", x, x.is_cpu());
   const std::int64_t k_of_x = x.dim() >= 1 ? x.size(x.dim() - 1) : -1;
@@ -207,7 +207,7 @@ LinearShape check_linear(const Tensor& x, const Tensor& qweight, const Tensor& s
   }
   std::int64_t m = 1;
   for (std::int64_t i = 0; i + 1 < x.dim(); ++i) m *= x.size(i);
-  return {m, w, precision_of(precision)};
+  return {m, w, activation_of(activation)};
 }
 
 WeightShape check_float_weight(const char* op, const Tensor& w, std::int64_t group_size) {

@@ -40,11 +40,11 @@ WeightShape check_weight(const char* op, const Tensor& qweight, const Tensor& sc
 struct LinearShape {
   std::int64_t m;
   WeightShape w;
-  core::Precision precision;
+  core::Activation activation;
 };
 LinearShape check_linear(const Tensor& x, const Tensor& qweight, const Tensor& scales, const OptionalTensor& qzeros,
                          const OptionalTensor& bias, std::int64_t group_size, const std::string& layout,
-                         const std::string& precision);
+                         const std::string& activation);
 
 /// [n, k] float weight for quantize and the searches.
 WeightShape check_float_weight(const char* op, const Tensor& w, std::int64_t group_size);

@@ -70,8 +70,8 @@ void run_strips(const Tensor& x, const core::LinearArgs& args, const core::Linea
 }
 
 Tensor linear(const Tensor& x, const Tensor& qweight, const Tensor& scales, OptionalTensor qzeros, OptionalTensor bias,
-              std::int64_t group_size, std::string layout, std::string precision) {
-  const LinearShape shape = check_linear(x, qweight, scales, qzeros, bias, group_size, layout, precision);
+              std::int64_t group_size, std::string layout, std::string activation) {
+  const LinearShape shape = check_linear(x, qweight, scales, qzeros, bias, group_size, layout, activation);
   const auto [n, k, group, groups] = shape.w;
   Tensor y = new_empty(x, output_sizes(x, n));
   if (shape.m == 0 || n == 0) return y;
@@ -94,7 +94,7 @@ Tensor linear(const Tensor& x, const Tensor& qweight, const Tensor& scales, Opti
   args.strips = layout == "strips";
 
   const core::Kernels& kernels = core::best_kernels();
-  const core::LinearPlan plan = args.strips ? core::plan_strips(args.m, n, k, args.x_type, shape.precision, kernels)
+  const core::LinearPlan plan = args.strips ? core::plan_strips(args.m, n, k, args.x_type, shape.activation, kernels)
                                             : core::plan_linear(args.m, n, k, args.x_type, kernels);
   if (plan.kernel == core::LinearKernel::reference) {
     parallel_for(0, plan.tiles, plan.grain, [&](std::int64_t begin, std::int64_t end) noexcept {

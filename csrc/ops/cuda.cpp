@@ -66,8 +66,8 @@ void matmul(const Tensor& x, const Tensor& w, const OptionalTensor& bias, const 
 }
 
 Tensor linear(const Tensor& x, const Tensor& qweight, const Tensor& scales, OptionalTensor qzeros, OptionalTensor bias,
-              std::int64_t group_size, std::string layout, std::string precision) {
-  const auto [m, shape, least] = check_linear(x, qweight, scales, qzeros, bias, group_size, layout, precision);
+              std::int64_t group_size, std::string layout, std::string activation) {
+  const auto [m, shape, least] = check_linear(x, qweight, scales, qzeros, bias, group_size, layout, activation);
   const OnDevice device(x);
   const NoGrad no_grad;
   Tensor y = new_empty(x, output_sizes(x, shape.n));

@@ -24,6 +24,7 @@ py::dict cpu_features() {
   features["avx512"] = f.avx512;
   features["avx512_vnni"] = f.avx512_vnni;
   features["avx512_bf16"] = f.avx512_bf16;
+  features["neon_dotprod"] = f.neon_dotprod;
   return features;
 }
 
@@ -149,21 +150,21 @@ awq::core::DType dtype_of(const std::string& name) {
   throw py::value_error("dtype must be float32, float16, bfloat16 or float64, got " + name);
 }
 
-awq::core::Precision precision_of(const std::string& name) {
-  if (name == "exact") return awq::core::Precision::exact;
-  if (name == "int16") return awq::core::Precision::int16;
-  if (name == "int8") return awq::core::Precision::int8;
-  throw py::value_error("precision must be exact, int16 or int8, got " + name);
+awq::core::Activation activation_of(const std::string& name) {
+  if (name == "exact") return awq::core::Activation::exact;
+  if (name == "int16") return awq::core::Activation::int16;
+  if (name == "int8") return awq::core::Activation::int8;
+  throw py::value_error("activation must be exact, int16 or int8, got " + name);
 }
 
 py::dict plan_linear(std::int64_t m, std::int64_t n, std::int64_t k, const std::string& dtype,
-                     const std::string& layout, const std::string& precision) {
+                     const std::string& layout, const std::string& activation) {
   if (m < 0 || n < 0 || k < 0) throw py::value_error("m, n and k must not be negative");
   if (layout != "gemm" && layout != "strips") throw py::value_error("layout must be gemm or strips, got " + layout);
   const awq::core::Kernels& kernels = awq::core::best_kernels();
   const awq::core::LinearPlan plan =
       layout == "gemm" ? awq::core::plan_linear(m, n, k, dtype_of(dtype), kernels)
-                       : awq::core::plan_strips(m, n, k, dtype_of(dtype), precision_of(precision), kernels);
+                       : awq::core::plan_strips(m, n, k, dtype_of(dtype), activation_of(activation), kernels);
   py::dict result;
   result["kernel"] = plan.name;
   result["level"] = awq::core::best_kernels().name;
@@ -200,6 +201,6 @@ PYBIND11_MODULE(_native, m) {
         "Raises ValueError for an unknown layout, codes that a layout cannot hold, and buffers of another size. Needs "
         "no torch, and lets other threads run.");
   m.def("plan_linear", &plan_linear, py::arg("m"), py::arg("n"), py::arg("k"), py::arg("dtype") = "float32",
-        py::arg("layout") = "gemm", py::arg("precision") = "exact",
+        py::arg("layout") = "gemm", py::arg("activation") = "exact",
         "Which CPU kernel awq_ext::linear takes for m rows and an [n, k] weight, and why.");
 }

@@ -1,5 +1,6 @@
 #include <algorithm>
 #include <cstring>
+#include <iostream>
 #include <string>
 
 #include "catch.hpp"
@@ -57,6 +58,7 @@ TEST_CASE("the levels of this CPU: best first, portable last, well formed") {
   bool best_listed = false;
   for (; *levels != nullptr; ++levels) {
     best_listed |= *levels == &best_kernels();
+    std::cout << "level: " << (*levels)->name << std::endl;  // so that a log says what ran
     CHECK((*levels)->strip % 8 == 0);
     CHECK((*levels)->strip % (*levels)->panel == 0);
     CHECK((*levels)->gram_block > 0);
