@@ -361,6 +361,11 @@ def test_group_size_of_all_inputs(tiny_llama: Path, tmp_path: Path) -> None:
     assert logits(load_quantized(path)).tobytes() == logits(model).tobytes()
 
 
+def test_loaded_linears_are_in_the_layout_of_the_cpu(saved: Path) -> None:
+    linears = [m for m in load_quantized(saved).modules() if isinstance(m, AwqLinear)]
+    assert linears and {m.layout for m in linears} == {"strips"}
+
+
 def test_float32_scales_are_written_as_float16_only_where_exact(saved: Path, tmp_path: Path) -> None:
     loaded = load_quantized(saved).float()
     path = save_quantized(loaded, tmp_path / "exact")
