@@ -107,3 +107,15 @@ def float32_products() -> Iterator[None]:
     products.fp32_precision = "ieee"
     yield
     products.fp32_precision = before
+
+
+@pytest.fixture
+def matmul_precision() -> Iterator[None]:
+    """What a test tells torch.set_float32_matmul_precision is forgotten, also by the backend that it is handed to."""
+    import torch
+
+    products = torch.backends.mkldnn.matmul
+    before = torch.get_float32_matmul_precision(), products.fp32_precision
+    yield
+    torch.set_float32_matmul_precision(before[0])
+    products.fp32_precision = before[1]

@@ -428,6 +428,7 @@ def error_of(layer: AwqLinear, x: Tensor) -> float:
     return float((layer(x).double() - want).square().mean().sqrt() / want.square().mean().sqrt())
 
 
+@pytest.mark.usefixtures("matmul_precision")
 def test_activation_says_how_exactly_inputs_are_rounded() -> None:
     layer = AwqLinear.from_linear(nn.Linear(1024, 64, bias=False))
     x = randn(8, 1024)
@@ -442,13 +443,10 @@ def test_activation_says_how_exactly_inputs_are_rounded() -> None:
     assert exact < 1e-6 < 5e-6 < middle < 1e-4 < 3e-3 < coarse < 1.5e-2
     layer.activation = None
     assert error_of(layer, x) == exact
-    try:
-        torch.set_float32_matmul_precision("high")
-        assert error_of(layer, x) == middle
-        layer.activation = "exact"
-        assert error_of(layer, x) == exact
-    finally:
-        torch.set_float32_matmul_precision("highest")
+    torch.set_float32_matmul_precision("high")
+    assert error_of(layer, x) == middle
+    layer.activation = "exact"
+    assert error_of(layer, x) == exact
     with pytest.raises(ValueError, match=r"expected one of exact, int16, int8, got 'int4'"):
         awq_ext.set_cpu_activation("int4")
 

@@ -161,14 +161,8 @@ def test_activation_is_what_is_asked_for() -> None:
     assert torch.equal(ops.linear(x, **gemm, activation="int8"), ops.linear(x, **gemm))
 
 
-@pytest.fixture
-def matmul_precision() -> Iterator[None]:
-    before = torch.get_float32_matmul_precision()
-    yield
-    torch.set_float32_matmul_precision(before)
-
-
-def test_torch_says_what_float32_needs(matmul_precision: None) -> None:
+@pytest.mark.usefixtures("matmul_precision")
+def test_torch_says_what_float32_needs() -> None:
     arguments = Strips.of(random_weight(64, 256, 128)).arguments(128)
     x = randn(4, 256).requires_grad_()
     exact, int16 = (ops.linear(x.detach(), **arguments, activation=p) for p in ("exact", "int16"))
