@@ -182,6 +182,32 @@ def test_torch_says_what_float32_needs() -> None:
         torch.compiler.reset()
 
 
+def inputs_of(kind: str, rows: int, k: int) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(rows, k, generator=generator)
+    if kind == "student-t":  # of three degrees of freedom: a normal over the root of a mean square of three
+        x = x / torch.randn(3, rows, k, generator=generator).square().mean(0).sqrt()
+    if kind == "8 channels x 100":
+        x[:, torch.randperm(k, generator=generator)[:8]] *= 100
+    if kind == "1 channel x 1000":
+        x[:, 77] *= 1000
+    return x
+
+
+@pytest.mark.parametrize("kind", ["normal", "student-t", "8 channels x 100", "1 channel x 1000"])
+def test_sixteen_bits_lose_less_than_a_result_in_float16(kind: str) -> None:
+    x, w = inputs_of(kind, 16, 4096), random_weight(64, 4096, 128)
+    want = x.double() @ w.dense.t()
+    rms = {
+        activation: (ops.linear(x, **Strips.of(w).arguments(128, activation=activation)).double() - want).norm()
+        for activation in ("exact", "int16", "int8")
+    }
+    stored = (want.half().double() - want).norm()
+    assert rms["exact"] < rms["int16"] / 50
+    assert rms["int16"] < stored / 2
+    assert rms["int16"] * 100 < rms["int8"] < 0.05 * want.norm()
+
+
 @pytest.mark.parametrize("dtype", [F32, F16])
 def test_strided_rows_and_leading_dimensions(dtype: torch.dtype) -> None:
     w = random_weight(40, 64, 32)
