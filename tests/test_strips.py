@@ -113,6 +113,15 @@ def test_repack_from_and_to_every_layout(other: str) -> None:
     assert torch.equal(ops.repack(strips, src="strips", dst=other), words)
 
 
+def test_a_large_matrix_is_like_any_other() -> None:
+    """Large ones lie in large pages."""
+    words = ops.pack(torch.randint(0, 16, (2048, 6144), dtype=torch.uint8), layout="gemm")
+    torch.library.opcheck(torch.ops.awq_ext.repack.default, (words,), {"src": "gemm", "dst": "strips"})
+    strips = ops.repack(words, src="gemm", dst="strips")
+    assert strips.storage_offset() == 0 and strips.untyped_storage().nbytes() == strips.nbytes
+    assert torch.equal(ops.repack(strips, src="strips", dst="gemm"), words)
+
+
 @pytest.mark.parametrize(("n", "k", "group"), SHAPES)
 @pytest.mark.parametrize("dtype", [F32, F16, BF16])
 @pytest.mark.parametrize("activation", LIMITS)

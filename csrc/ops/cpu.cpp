@@ -19,10 +19,8 @@
 namespace awq::ops {
 namespace {
 
-using torch::stable::narrow;
 using torch::stable::new_empty;
 using torch::stable::parallel_for;
-using torch::stable::view;
 
 constexpr std::int64_t kGrainBytes = 1 << 15;  // memory traffic that is worth a thread of its own
 
@@ -192,23 +190,19 @@ std::int64_t block_grain(core::Axis axis, std::int64_t n, std::int64_t k) {
   return grain(core::kBlock * (axis == core::Axis::n ? k : n));
 }
 
-/// Words for codes [n, k], nothing written yet. Large matrices begin at a page of 2 MiB and ask for such pages: kernels
-/// read them as one stream, which small pages make up to a third slower. What is allocated in front is never touched.
+/// Words for codes [n, k], nothing written yet. Large matrices ask for pages of 2 MiB before that, where they have
+/// whole ones: kernels read them as one stream, which small pages make up to a third slower.
 Tensor new_words(const Tensor& like, const core::Codes& codes, std::int64_t n, std::int64_t k) {
   const core::WordShape shape = core::word_shape(codes, n, k);
+  Tensor words = new_empty(like, {shape.rows, shape.cols}, word_type(codes));
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr std::int64_t page = std::int64_t{2} << 20;
-  const std::int64_t word = codes.word_bits / 8, size = shape.rows * shape.cols;
-  if (size * word >= 2 * page) {
-    Tensor memory = new_empty(like, {size + page / word}, word_type(codes));
-    const auto begin = reinterpret_cast<std::uintptr_t>(memory.mutable_data_ptr());
-    const auto skipped = static_cast<std::int64_t>(-begin % page);
-    madvise(reinterpret_cast<void*>(begin + static_cast<std::uintptr_t>(skipped)),
-            static_cast<std::size_t>(size * word / page * page), MADV_HUGEPAGE);
-    return view(narrow(memory, 0, skipped / word, size), {shape.rows, shape.cols});
-  }
+  constexpr std::uintptr_t page = std::uintptr_t{2} << 20;
+  const auto begin = reinterpret_cast<std::uintptr_t>(words.mutable_data_ptr());
+  const std::uintptr_t end = begin + static_cast<std::uintptr_t>(words.numel()) * (codes.word_bits / 8u);
+  const std::uintptr_t first = (begin + page - 1) / page * page, last = end / page * page;
+  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
 #endif
-  return new_empty(like, {shape.rows, shape.cols}, word_type(codes));
+  return words;
 }
 
 Tensor pack(const Tensor& q, std::string layout) {
