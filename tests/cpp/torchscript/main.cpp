@@ -20,8 +20,9 @@ at::Tensor read_tensor(const char* path) {
 at::Tensor call_linear(const torch::jit::Module& layer, const at::Tensor& x) {
   const auto op = c10::Dispatcher::singleton().findSchemaOrThrow("awq_ext::linear", "");
   torch::jit::Stack stack{x};
-  for (const char* name : {"qweight", "scales", "qzeros", "bias", "group_size"}) stack.push_back(layer.attr(name));
-  stack.emplace_back(std::string("gemm"));
+  for (const char* name : {"qweight", "scales", "qzeros", "bias", "group_size", "layout"})
+    stack.push_back(layer.attr(name));
+  stack.emplace_back(std::string("exact"));
   op.callBoxed(&stack);
   return stack.at(0).toTensor();
 }
