@@ -93,12 +93,15 @@ def repeat(call: Callable[[int], object]) -> Turn:
 
 def rounds(turns: dict[str, Turn], count: int = 5, seconds: float = 0.05) -> dict[str, dict[str, float]]:
     """Like `take_turns`, for contestants that may be other processes: each has a pause before its turn, in which
-    threads of the one before, that wait for work in a loop, go to sleep."""
-    times: dict[str, list[float]] = {name: [] for name in turns}
-    for _ in range(count):
-        for name, turn in turns.items():
+    threads of the one before, that wait for work in a loop, go to sleep. Every round begins with another one, and every
+    other round runs backwards, so that nobody always follows the same."""
+    names = list(turns)
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for i in range(count):
+        order = names[i % len(names) :] + names[: i % len(names)]
+        for name in order[:: -1 if i % 2 else 1]:
             time.sleep(0.01)
-            times[name].append(turn(seconds))
+            times[name].append(turns[name](seconds))
     return {name: percentiles(values) for name, values in times.items()}
 
 
