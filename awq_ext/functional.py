@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from awq_ext.ops import ACTIVATIONS
+
 
 class _Linear(torch.autograd.Function):
     """y = x W^T + bias with the gradient of x and bias; W is frozen, so it has none.
@@ -46,7 +48,6 @@ class _Linear(torch.autograd.Function):
         return grad_x, None, None, None, grad_bias, None, None, None
 
 
-ACTIVATIONS = ("exact", "int16", "int8")
 _cpu_activation = "exact"
 
 

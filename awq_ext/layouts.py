@@ -21,7 +21,6 @@ Axis = Literal["out_features", "in_features"]
 
 FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}  # of scales, by safetensors' names
 SYMMETRIC_ZERO = 8
-STRIP_COLUMNS = 32  # out_features side by side in layout strips
 # How far -scaled_zero / scale may be from a whole number up to 15: once rounded, the scaled zero is off by half a unit
 # in the last place. Twice that leaves room for a file whose scales and scaled zeros were cast apart.
 WHOLE = {torch.float16: 15 / 2**10, torch.bfloat16: 15 / 2**7, torch.float32: 15 / 2**23}
@@ -183,15 +182,22 @@ def find_codes(name: str) -> Codes | None:
 # --- strips ----------------------------------------------------------------------------------------------------------
 
 
+def strips_can_have(in_features: int, group_size: int) -> bool:
+    """Whether layout strips can hold such groups: no word of the weight may belong to two."""
+    _, octet = every_layout()["strips"].weight.tile
+    return group_size == in_features or group_size % octet == 0
+
+
 def scales_to_strips(scales: Tensor) -> Tensor:
     """Scales [G, n] as layout gemm has them -> the same elements in the order that layout strips has them, [G, n]."""
-    return torch.cat([strip.flatten() for strip in scales.split(STRIP_COLUMNS, dim=1)]).view(scales.shape)
+    columns, _ = every_layout()["strips"].weight.tile
+    return torch.cat([strip.flatten() for strip in scales.split(columns, dim=1)]).view(scales.shape)
 
 
 def scales_from_strips(scales: Tensor) -> Tensor:
     """The inverse of :func:`scales_to_strips`."""
-    groups, n = scales.shape
-    widths = [min(STRIP_COLUMNS, n - first) for first in range(0, n, STRIP_COLUMNS)]
+    (groups, n), (columns, _) = scales.shape, every_layout()["strips"].weight.tile
+    widths = [min(columns, n - first) for first in range(0, n, columns)]
     strips = scales.flatten().split([groups * width for width in widths])
     return torch.cat([strip.view(groups, width) for strip, width in zip(strips, widths, strict=True)], dim=1)
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from awq_ext import _library, ops
 from awq_ext.functional import linear, resolve_activation
-from awq_ext.layouts import scales_from_strips, scales_to_strips
+from awq_ext.layouts import scales_from_strips, scales_to_strips, strips_can_have
 
 W_BIT = 4
 PACK = 8  # codes in one int32 word
@@ -171,10 +171,10 @@ class AwqLinear(nn.Module):
         """
         n, k = q.shape
         module = cls(k, n, linear.bias is not None, group_size=k // scales.shape[1], device="meta")
-        module.qweight = ops.pack(q)
-        module.qzeros = ops.pack(zeros)
-        module.scales = scales.t().contiguous()
-        module.repack()
+        module.layout = best_layout(module.group_size, k, q.device.type == "cpu")
+        module.qweight = ops.pack(q, layout=module.layout)
+        module.qzeros = ops.pack(zeros, layout=f"{module.layout}.zeros")
+        module.scales = scales.t().contiguous() if module.layout == "gemm" else scales_to_strips(scales.t())
         module.bias = None if linear.bias is None else linear.bias.detach().to(scales.dtype, copy=True)
         return module.train(linear.training)
 
@@ -194,7 +194,7 @@ class AwqLinear(nn.Module):
 
 def best_layout(group_size: int, in_features: int, on_cpu: bool) -> str:
     """The layout in which a weight is multiplied fastest, "strips" or "gemm"."""
-    return "strips" if on_cpu and (group_size % 8 == 0 or group_size == in_features) else "gemm"
+    return "strips" if on_cpu and strips_can_have(in_features, group_size) else "gemm"
 
 
 def explain(layer: AwqLinear, m: int, dtype: torch.dtype = torch.float32) -> str:

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from awq_ext import _library
-from awq_ext.layouts import Codes, every_layout, find_codes
+from awq_ext.layouts import Codes, every_layout, find_codes, strips_can_have
 
 _library.load()  # the package is importable without its libraries (see __init__), this module is not
 
 _ops = torch.ops.awq_ext
+ACTIVATIONS = ("exact", "int16", "int8")  # see linear
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-_ACTIVATIONS = ("exact", "int16", "int8")  # see linear
 _OPTIONAL = ("qzeros", "bias", "range", "tie", "row_weight")
 
 
@@ -79,7 +79,7 @@ def _linear_fake(
     if bias is not None:
         _check(bias.dtype in _FLOATS and bias.dim() == 1 and bias.shape[0] == n, "linear", "bias", f"[{n}]", bias)
     torch._check(
-        activation in _ACTIVATIONS,
+        activation in ACTIVATIONS,
         lambda: f"awq_ext::linear: activation must be 'exact', 'int16' or 'int8', got '{activation}'",
     )
     return x.new_empty((*x.shape[:-1], n))
@@ -645,7 +645,7 @@ def _check_strips(
         k = groups * group_size if group_size > 0 else most
     g = _group(op, group_size, k)
     torch._check(
-        g == k or g % 8 == 0,
+        strips_can_have(k, g),
         lambda: (
             f"awq_ext::{op}: layout 'strips' needs a group_size that is a multiple of 8, or one group; "
             f"got {group_size}; keep layout 'gemm'"

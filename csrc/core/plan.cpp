@@ -30,6 +30,13 @@ std::int64_t grain(std::int64_t m, std::int64_t k, std::int64_t tile) {
 
 }  // namespace
 
+std::optional<Activation> find_activation(std::string_view name) {
+  if (name == "exact") return Activation::exact;
+  if (name == "int16") return Activation::int16;
+  if (name == "int8") return Activation::int8;
+  return std::nullopt;
+}
+
 LinearPlan plan_linear(std::int64_t m, std::int64_t n, std::int64_t k, DType x_type, const Kernels& kernels) {
   LinearPlan plan = plan_reference(n);
   if (x_type != DType::f64) {

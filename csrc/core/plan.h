@@ -1,6 +1,8 @@
 // Which kernel a linear call gets, and why. A pure function, apart from running anything.
 #pragma once
 #include <cstdint>
+#include <optional>
+#include <string_view>
 
 #include "kernels.h"
 #include "types.h"
@@ -20,6 +22,9 @@ struct LinearPlan {
   std::int64_t rows;       // strips: of x in one StripsWork, the last of a call may have fewer
   std::int64_t tile_rows;  // strips: of x in one tile
 };
+
+/// "exact", "int16" or "int8"; nothing for another name.
+std::optional<Activation> find_activation(std::string_view name);
 
 /// m rows of x, an [n, k] weight in layout gemm, x of type x_type, at the given instruction-set level.
 LinearPlan plan_linear(std::int64_t m, std::int64_t n, std::int64_t k, DType x_type, const Kernels& kernels);

@@ -153,7 +153,7 @@ inline __attribute__((always_inline)) void dot(Ints (&sum)[kSums], Words low, Wo
 #endif
 }
 
-/// sums[d][r][v] += digits first .. first + kDigits of x times the codes of a part, for the octets of a segment.
+/// sums[d][r][v] += the kDigits digits that begin at x times the codes of a part, for the octets of a segment.
 template <int kRows, int kDigits, int kSums>
 inline __attribute__((always_inline)) void add_products(const std::uint8_t* w, std::int64_t octets,
                                                         const std::uint32_t* x, std::int64_t ahead,

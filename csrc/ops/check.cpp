@@ -156,6 +156,8 @@ WeightShape check_strips(const char* op, const Tensor& qweight, const Tensor& sc
   return {n, k, group, k / group};
 }
 
+}  // namespace
+
 WeightShape check_weight(const char* op, const Tensor& qweight, const Tensor& scales, const OptionalTensor& qzeros,
                          std::int64_t group_size, const std::string& layout, std::int64_t k_of_x) {
   codes_of(op, layout);  // an unknown name is told as such
@@ -177,20 +179,6 @@ WeightShape check_weight(const char* op, const Tensor& qweight, const Tensor& sc
   return {n, k, group, groups};
 }
 
-core::Activation activation_of(const std::string& name) {
-  if (name == "exact") return core::Activation::exact;
-  if (name == "int16") return core::Activation::int16;
-  STD_TORCH_CHECK(name == "int8", "awq_ext::linear: activation must be 'exact', 'int16' or 'int8', got '", name, "'");
-  return core::Activation::int8;
-}
-
-}  // namespace
-
-WeightShape check_weight(const char* op, const Tensor& qweight, const Tensor& scales, const OptionalTensor& qzeros,
-                         std::int64_t group_size, const std::string& layout) {
-  return check_weight(op, qweight, scales, qzeros, group_size, layout, -1);
-}
-
 LinearShape check_linear(const Tensor& x, const Tensor& qweight, const Tensor& scales, const OptionalTensor& qzeros,
                          const OptionalTensor& bias, std::int64_t group_size, const std::string& layout,
                          const std::string& activation) {
@@ -207,7 +195,9 @@ LinearShape check_linear(const Tensor& x, const Tensor& qweight, const Tensor& s
   }
   std::int64_t m = 1;
   for (std::int64_t i = 0; i + 1 < x.dim(); ++i) m *= x.size(i);
-  return {m, w, activation_of(activation)};
+  const std::optional<core::Activation> rounding = core::find_activation(activation);
+  STD_TORCH_CHECK(rounding, "awq_ext::linear: activation must be 'exact', 'int16' or 'int8', got '", activation, "'");
+  return {m, w, *rounding};
 }
 
 WeightShape check_float_weight(const char* op, const Tensor& w, std::int64_t group_size) {

@@ -1,8 +1,8 @@
 // Argument checks, the same for every device. Each message names op and tensor, what was expected, what was got.
 #pragma once
 #include "../core/layout.h"
+#include "../core/plan.h"
 #include "../core/quantize.h"
-#include "../core/strips.h"
 #include "../core/types.h"
 #include "stable.h"
 
@@ -35,7 +35,7 @@ struct WeightShape {
   std::int64_t n, k, group, groups;
 };
 WeightShape check_weight(const char* op, const Tensor& qweight, const Tensor& scales, const OptionalTensor& qzeros,
-                         std::int64_t group_size, const std::string& layout);
+                         std::int64_t group_size, const std::string& layout, std::int64_t k_of_x = -1);
 
 struct LinearShape {
   std::int64_t m;

@@ -150,21 +150,16 @@ awq::core::DType dtype_of(const std::string& name) {
   throw py::value_error("dtype must be float32, float16, bfloat16 or float64, got " + name);
 }
 
-awq::core::Activation activation_of(const std::string& name) {
-  if (name == "exact") return awq::core::Activation::exact;
-  if (name == "int16") return awq::core::Activation::int16;
-  if (name == "int8") return awq::core::Activation::int8;
-  throw py::value_error("activation must be exact, int16 or int8, got " + name);
-}
-
 py::dict plan_linear(std::int64_t m, std::int64_t n, std::int64_t k, const std::string& dtype,
                      const std::string& layout, const std::string& activation) {
   if (m < 0 || n < 0 || k < 0) throw py::value_error("m, n and k must not be negative");
   if (layout != "gemm" && layout != "strips") throw py::value_error("layout must be gemm or strips, got " + layout);
+  const auto rounding = awq::core::find_activation(activation);
+  if (!rounding) throw py::value_error("activation must be exact, int16 or int8, got " + activation);
   const awq::core::Kernels& kernels = awq::core::best_kernels();
-  const awq::core::LinearPlan plan =
-      layout == "gemm" ? awq::core::plan_linear(m, n, k, dtype_of(dtype), kernels)
-                       : awq::core::plan_strips(m, n, k, dtype_of(dtype), activation_of(activation), kernels);
+  const awq::core::LinearPlan plan = layout == "gemm"
+                                         ? awq::core::plan_linear(m, n, k, dtype_of(dtype), kernels)
+                                         : awq::core::plan_strips(m, n, k, dtype_of(dtype), *rounding, kernels);
   py::dict result;
   result["kernel"] = plan.name;
   result["level"] = awq::core::best_kernels().name;
