@@ -42,31 +42,6 @@ def facts() -> dict[str, object]:
     }
 
 
-def take_turns(
-    contestants: dict[str, Callable[[int], object]], rounds: int = 15, seconds: float = 0.05
-) -> dict[str, dict[str, float]]:
-    """Seconds a call of each contestant, in rotation: median, p10 and p90 over `rounds`.
-
-    A contestant is called with a counter, for it to rotate its weights by. One turn repeats it for about `seconds`.
-    """
-    counts: dict[str, int] = {}
-    for name, call in contestants.items():
-        call(0)
-        start = time.perf_counter()
-        call(1)
-        counts[name] = max(1, round(seconds / max(1e-7, time.perf_counter() - start)))
-    times: dict[str, list[float]] = {name: [] for name in contestants}
-    counter = 2
-    for _ in range(rounds):
-        for name, call in contestants.items():
-            start = time.perf_counter()
-            for _ in range(counts[name]):
-                call(counter)
-                counter += 1
-            times[name].append((time.perf_counter() - start) / counts[name])
-    return {name: percentiles(values) for name, values in times.items()}
-
-
 Turn = Callable[[float], float]
 """Measures for about so many seconds, and returns the seconds that one call took."""
 
@@ -91,18 +66,30 @@ def repeat(call: Callable[[int], object]) -> Turn:
     return turn
 
 
-def rounds(turns: dict[str, Turn], count: int = 5, seconds: float = 0.05) -> dict[str, dict[str, float]]:
-    """Like `take_turns`, for contestants that may be other processes: each has a pause before its turn, in which
+def turn_by_turn(turns: dict[str, Turn], rounds: int = 5, seconds: float = 0.05) -> dict[str, dict[str, float]]:
+    """What `take_turns` does, for contestants that may be other processes: each has a pause before its turn, in which
     threads of the one before, that wait for work in a loop, go to sleep. Every round begins with another one, and every
     other round runs backwards, so that nobody always follows the same."""
     names = list(turns)
     times: dict[str, list[float]] = {name: [] for name in names}
-    for i in range(count):
+    for i in range(rounds):
         order = names[i % len(names) :] + names[: i % len(names)]
         for name in order[:: -1 if i % 2 else 1]:
             time.sleep(0.01)
             times[name].append(turns[name](seconds))
     return {name: percentiles(values) for name, values in times.items()}
+
+
+def take_turns(
+    contestants: dict[str, Callable[[int], object]], rounds: int = 15, seconds: float = 0.05
+) -> dict[str, dict[str, float]]:
+    """Seconds a call of each contestant, in rotation: median, p10 and p90 over `rounds`.
+
+    A contestant is called with a counter, for it to rotate its weights by. One turn repeats it for about `seconds`.
+    """
+    for call in contestants.values():
+        call(0)
+    return turn_by_turn({name: repeat(call) for name, call in contestants.items()}, rounds, seconds)
 
 
 def percentiles(values: list[float]) -> dict[str, float]:

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from common import repeat, rounds, write
+from common import repeat, turn_by_turn, write
 from peers.driver import Driver, machine
 from torch import Tensor
 
@@ -135,7 +135,7 @@ def measure(
                 turns[name] = driver.turn(kind, n, k, m, args.threads)
         wrong = {name: fact for name, fact in facts.items() if not fact["error"] <= fact.pop("limit")}
         assert not wrong, f"[{n}, {k}], m = {m}: {wrong}"
-        times = rounds(turns, args.rounds)
+        times = turn_by_turn(turns, args.rounds)
         result = {"n": n, "k": k, "m": m, "group_size": group_size}
         result["peaks"] = {name: times.pop(name) for name in ("read", "dot")}
         results.append(result | {"seconds": {name: of | facts[name] for name, of in times.items()}})
