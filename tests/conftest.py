@@ -119,3 +119,13 @@ def matmul_precision() -> Iterator[None]:
     yield
     torch.set_float32_matmul_precision(before[0])
     products.fp32_precision = before[1]
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """Restores the number of threads afterwards."""
+    import torch
+
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)

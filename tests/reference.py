@@ -109,6 +109,11 @@ def random_weight(n: int, k: int, group: int, dtype: torch.dtype = torch.float16
     return Weight(q, s, z, g)
 
 
+def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The same numbers in every dtype, but for its rounding."""
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
 def digit_rounding(x: Tensor, group: int, limit: float) -> Tensor:
     """The most that x [..., k] is changed by when it becomes integers up to `limit`, by one step for every 128 values
     at most of a row and group (csrc/core/strips.h): float64 [..., k]."""

@@ -9,7 +9,7 @@ import pytest
 import reference as ref
 import torch
 import torch.nn.functional as F
-from reference import Weight, random_weight
+from reference import Weight, randn, random_weight
 from torch import Tensor, nn
 
 from awq_ext import AwqLinear, ops
@@ -17,10 +17,6 @@ from awq_ext.functional import linear
 
 N, K, GROUP = 24, 32, 16
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
-
-
-def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ import warnings
 import pytest
 import reference as ref
 import torch
+from reference import randn
 from torch import Tensor, nn
 
 import awq_ext
@@ -24,10 +25,6 @@ def make(bias: bool = True, group_size: int = GROUP, dtype: torch.dtype = torch.
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return nn.Linear(K, N, bias=bias).to(dtype)
-
-
-def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 # --- from_linear ----------------------------------------------------------------------------------------------------

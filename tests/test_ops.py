@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import reference as ref
 import torch
-from reference import LAYOUTS, Weight, random_weight
+from reference import LAYOUTS, Weight, randn, random_weight
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -35,18 +35,6 @@ SHAPES = [  # n, k, group_size: one word, tails after whole vectors, group sizes
     (8, 1, 1),
 ]
 ROWS = [0, 1, 2, 3, 4, 5, 6, 7, 64, 71]
-
-
-@pytest.fixture
-def threads() -> Iterator[None]:
-    """Restores the number of threads afterwards."""
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
-def randn(*shape: int, seed: int = 0, dtype: torch.dtype = F32) -> Tensor:
-    return torch.randn(*shape, dtype=F64, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 def codes(n: int, k: int, seed: int = 0) -> Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +12,7 @@ import reference as ref
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference import UNIT_ROUNDOFF, Weight, random_weight
+from reference import UNIT_ROUNDOFF, Weight, randn, random_weight
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -43,29 +42,14 @@ class Strips:
         return {**tensors, "group_size": group, "layout": "strips", **more}
 
 
-@pytest.fixture
-def threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
-def randn(*shape: int, seed: int = 0, dtype: torch.dtype = F32) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
 def check(y: Tensor, x: Tensor, w: Weight, bias: Tensor | None, activation: str) -> None:
     """|y - x W^T - bias| within the bound of csrc/core/strips.h: x rounded to step / 2, sums of float32."""
     k, rows = x.shape[-1], x.double().reshape(-1, x.shape[-1])
     limit = LIMITS["int16" if activation == "exact" and x.dtype != F32 else activation]
-    step = torch.zeros_like(rows)
-    for group in range(0, k, w.group):
-        for first in range(group, group + w.group, 128):
-            segment = rows[:, first : min(first + 128, group + w.group)]
-            step[:, first : first + segment.shape[1]] = segment.abs().amax(1, keepdim=True) / limit
+    rounding = ref.digit_rounding(rows, w.group, limit)
     reference = rows @ w.dense.t()
-    rounded = (step / 2 + 2.0**-22 * rows.abs()) @ w.dense.abs().t()
-    magnitude = (rows.abs() + step) @ w.largest_terms.t() * 2
+    rounded = (rounding + 2.0**-22 * rows.abs()) @ w.dense.abs().t()
+    magnitude = (rows.abs() + 2 * rounding) @ w.largest_terms.t() * 2
     if bias is not None:
         reference, magnitude = reference + bias.double(), magnitude + bias.double().abs()
     out = UNIT_ROUNDOFF[y.dtype] * (reference.abs() + rounded) + ref.SMALLEST[y.dtype]

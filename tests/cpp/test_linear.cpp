@@ -10,67 +10,21 @@
 #include "core/kernels.h"
 #include "core/linear.h"
 #include "data.h"
+#include "linear_problem.h"
 
 using namespace awq;
 using namespace awq::core;
 using test::Array;
 using test::Random;
+using test::Shape;
+using test::Types;
 
 namespace {
 
-struct Shape {
-  std::int64_t m, n, k, group;
-};
-
-struct Types {
-  DType x = DType::f32, scale = DType::f16, bias = DType::f16;
-  bool zeros = true, with_bias = true;
-};
-
-/// A linear call on random data, with what is needed to judge its result.
-struct Problem {
-  Problem(Shape shape, Types types, Random& random, std::int64_t pad = 0)
-      : shape(shape),
-        types(types),
-        groups(shape.k / shape.group),
-        stride(shape.k + pad),
-        x(types.x, shape.m == 0 ? 0 : (shape.m - 1) * stride + shape.k, random, -1.0, 1.0),
-        scales(types.scale, groups * shape.n, random, 0.001, 0.05),
-        bias(types.bias, shape.n, random, -1.0, 1.0),
-        q(random.codes(shape.n * shape.k)),
-        z(random.codes(shape.n * groups)) {
-    if (!types.zeros) std::fill(z.begin(), z.end(), std::uint8_t{8});
-    pack();
-  }
-
-  void pack() {
-    qweight = test::pack(test::gemm_layout(), q, shape.n, shape.k);
-    qzeros = test::pack(test::gemm_layout(), z, shape.n, groups);
-  }
-
-  LinearArgs args(Array& y) const {
-    return {x.data(),
-            qweight.data(),
-            scales.data(),
-            types.zeros ? qzeros.data() : nullptr,
-            types.with_bias ? bias.data() : nullptr,
-            y.data(),
-            shape.m,
-            shape.n,
-            shape.k,
-            shape.group,
-            stride,
-            types.x,
-            types.scale,
-            types.bias};
-  }
-
-  Shape shape;
-  Types types;
-  std::int64_t groups, stride;
-  Array x, scales, bias;
-  std::vector<std::uint8_t> q, z;
-  std::vector<std::uint32_t> qweight, qzeros;
+/// A linear call on a weight in layout gemm.
+struct Problem : test::LinearProblem {
+  Problem(Shape shape_, Types types_, Random& random, std::int64_t pad = 0)
+      : LinearProblem("gemm", shape_, types_, random, pad) {}
 };
 
 /// y in float64 from codes, not words; `direct` = sum |x| |q - z| s and `split` = sum |x| (q + z) s bound the terms

@@ -5,10 +5,12 @@
 #include "core/cpu.h"
 #include "core/pack.h"
 #include "data.h"
+#include "levels.h"
 
 using namespace awq;
 using namespace awq::core;
 using test::Array;
+using test::for_levels;
 using test::Random;
 
 namespace {
@@ -21,15 +23,6 @@ struct Shape {
 const std::vector<Shape> kShapes = {{8, 8},     {16, 8},    {8, 136},   {136, 8}, {64, 64},   {128, 520},
                                     {520, 128}, {136, 72},  {200, 264}, {64, 1},  {576, 3},   {1, 64},
                                     {5, 576},   {131, 257}, {192, 192}, {4, 64},  {576, 192}, {192, 576}};
-
-/// What pack.h declares is the best level's; each test runs every level that this CPU has.
-template <class F>
-void for_levels(F f) {
-  for (const Kernels* const* level = all_kernels(); *level != nullptr; ++level) {
-    CAPTURE((*level)->name);
-    f(**level);
-  }
-}
 
 /// All of q in words; what they held before is not 0.
 std::vector<std::uint8_t> pack(const Kernels& level, const Codes& codes, const std::vector<std::uint8_t>& q,

@@ -9,10 +9,12 @@
 #include "core/quantize.h"
 #include "core/search.h"
 #include "data.h"
+#include "levels.h"
 
 using namespace awq;
 using namespace awq::core;
 using test::Array;
+using test::for_levels;
 using test::Random;
 
 namespace {
@@ -59,15 +61,6 @@ std::vector<float> packed_triangle(const float* gram, std::int64_t stride, std::
   std::vector<float> triangle(static_cast<std::size_t>(triangle_size(k, panel)));
   pack_triangle(gram, stride, k, panel, triangle.data());
   return triangle;
-}
-
-/// Calls body(kernels) for every level.
-template <class Body>
-void for_levels(Body body) {
-  for (const Kernels* const* level = all_kernels(); *level != nullptr; ++level) {
-    CAPTURE((*level)->name);
-    body(**level);
-  }
 }
 
 /// What rounding one group within [lo, hi] does to it.

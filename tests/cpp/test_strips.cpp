@@ -12,77 +12,26 @@
 #include "core/kernels.h"
 #include "core/plan.h"
 #include "data.h"
+#include "levels.h"
+#include "linear_problem.h"
 
 using namespace awq;
 using namespace awq::core;
 using test::Array;
+using test::for_levels;
 using test::Random;
+using test::Shape;
+using test::Types;
 
 namespace {
 
+/// A linear call on a weight in layout strips.
+struct Problem : test::LinearProblem {
+  Problem(Shape shape_, Types types_, Random& random, std::int64_t pad = 0)
+      : LinearProblem("strips", shape_, types_, random, pad) {}
+};
+
 const Codes& strips() { return find_layout("strips")->weight; }
-const Codes& strip_zeros() { return find_layout("strips")->zero_words; }
-
-struct Shape {
-  std::int64_t m, n, k, group;
-};
-
-struct Types {
-  DType x = DType::f32, scale = DType::f16, bias = DType::f16;
-  bool zeros = true, with_bias = true;
-};
-
-struct Problem {
-  Problem(Shape shape, Types types, Random& random, std::int64_t pad = 0)
-      : shape(shape),
-        types(types),
-        groups(shape.k / shape.group),
-        stride(shape.k + pad),
-        x(types.x, shape.m == 0 ? 0 : (shape.m - 1) * stride + shape.k, random, -1.0, 1.0),
-        scales(types.scale, groups * shape.n, random, 0.001, 0.05),
-        ordered(scales),
-        bias(types.bias, shape.n, random, -1.0, 1.0),
-        q(random.codes(shape.n * shape.k)),
-        z(random.codes(shape.n * groups)),
-        words(test::pack(strips(), q, shape.n, shape.k)) {
-    if (!types.zeros) std::fill(z.begin(), z.end(), std::uint8_t{8});
-    zeros = test::pack(strip_zeros(), z, shape.n, groups);
-    for (std::int64_t g = 0; g < groups; ++g)
-      for (std::int64_t col = 0; col < shape.n; ++col)
-        ordered.set(strip_scale(shape.n, groups, g, col), scales[g * shape.n + col]);
-  }
-
-  LinearArgs args(Array& y) const {
-    return {x.data(),
-            words.data(),
-            ordered.data(),
-            types.zeros ? zeros.data() : nullptr,
-            types.with_bias ? bias.data() : nullptr,
-            y.data(),
-            shape.m,
-            shape.n,
-            shape.k,
-            shape.group,
-            stride,
-            types.x,
-            types.scale,
-            types.bias,
-            true};
-  }
-
-  int code(std::int64_t col, std::int64_t i) const { return q[static_cast<std::size_t>(col * shape.k + i)]; }
-  int zero(std::int64_t col, std::int64_t i) const {
-    return z[static_cast<std::size_t>(col * groups + i / shape.group)];
-  }
-  double scale(std::int64_t col, std::int64_t i) const { return scales[i / shape.group * shape.n + col]; }
-
-  Shape shape;
-  Types types;
-  std::int64_t groups, stride;
-  Array x, scales, ordered, bias;
-  std::vector<std::uint8_t> q, z;
-  std::vector<std::uint32_t> words, zeros;
-};
 
 /// y in float64, and what |y - expected| may be.
 struct Expected {
@@ -158,15 +107,6 @@ Array run(const Problem& p, const Kernels& kernels, int digits, std::int64_t pie
     pieces(ceil_div(n, kStripColumns), kernels.strips_multiply);
   }
   return y;
-}
-
-/// Calls body(kernels) for every level.
-template <class Body>
-void for_levels(Body body) {
-  for (const Kernels* const* level = all_kernels(); *level != nullptr; ++level) {
-    CAPTURE((*level)->name);
-    body(**level);
-  }
 }
 
 /// Whether the level rounds a * b + c once: those that do promise the same bits.
@@ -358,8 +298,7 @@ TEST_CASE("strips: digits at both ends, codes and zeros at theirs: no sum overfl
       for (std::int64_t i = 0; i < p.x.size(); ++i) p.x.set(i, sign * (i % 2 == 0 ? 1.0 : 126.5 * 256.0 / 32639.0));
       std::fill(p.q.begin(), p.q.end(), static_cast<std::uint8_t>(code));
       std::fill(p.z.begin(), p.z.end(), static_cast<std::uint8_t>(15 - code));
-      p.words = test::pack(strips(), p.q, 40, 512);
-      p.zeros = test::pack(strip_zeros(), p.z, 40, 2);
+      p.pack();
       for (const int digits : {1, 2, 3}) {
         const Expected expected(p, digits);
         for_levels([&](const Kernels& kernels) { CHECK(expected.worst(run(p, kernels, digits)) <= 1.0); });

@@ -12,10 +12,12 @@
 #include "core/kernels.h"
 #include "core/plan.h"
 #include "data.h"
+#include "levels.h"
 
 using namespace awq;
 using namespace awq::core;
 using test::Array;
+using test::for_levels;
 using test::Random;
 
 namespace {
@@ -86,15 +88,6 @@ Array run_linear(const Problem& p, const Kernels& kernels, bool decode, std::int
   in_threads(threads, strips,
              [&](auto begin, auto end) { (decode ? kernels.linear_decode : kernels.linear_gemm)(work, begin, end); });
   return y;
-}
-
-/// Calls body(kernels) for every level.
-template <class Body>
-void for_levels(Body body) {
-  for (const Kernels* const* level = all_kernels(); *level != nullptr; ++level) {
-    CAPTURE((*level)->name);
-    body(**level);
-  }
 }
 
 }  // namespace
