@@ -7,6 +7,7 @@
 #include <cuda_runtime_api.h>
 
 #include "../core/layout.h"
+#include "../core/linear.h"
 #include "../core/pack.h"
 #include "../core/quantize.h"
 
@@ -30,5 +31,9 @@ cudaError_t quantize(const core::QuantizeArgs& args, cudaStream_t stream);
 
 /// core::dequantize_rows over all rows, bit for bit (but for the payload of a NaN).
 cudaError_t dequantize(const core::DequantizeArgs& args, cudaStream_t stream);
+
+/// y = bias + the sum of `splits` parts, added in that order; partials [splits][m][n], 16-byte aligned. The last step
+/// of kernels that share k between blocks.
+cudaError_t reduce(const core::LinearArgs& args, const float* partials, int splits, cudaStream_t stream);
 
 }  // namespace awq::cuda
