@@ -11,6 +11,7 @@
 #include "../core/linear.h"
 #include "../core/pack.h"
 #include "../core/quantize.h"
+#include "plan.h"
 #include "search.h"
 
 namespace awq::cuda {
@@ -37,6 +38,12 @@ cudaError_t dequantize(const core::DequantizeArgs& args, cudaStream_t stream);
 /// y = bias + the sum of `splits` parts, added in that order; partials [splits][m][n], 16-byte aligned. The last step
 /// of kernels that share k between blocks.
 cudaError_t reduce(const core::LinearArgs& args, const float* partials, int splits, cudaStream_t stream);
+
+/// y = x W^T + bias of a weight in layout fragments, as the plan for it says: y, qweight, qzeros, scales and workspace
+/// (of plan.workspace_bytes, or nullptr) are 16-byte aligned; so is x, and x_stride is a multiple of 8.
+cudaError_t decode(const core::LinearArgs& args, const CudaPlan& plan, void* workspace, cudaStream_t stream);
+cudaError_t gemm_sm80(const core::LinearArgs& args, const CudaPlan& plan, void* workspace, cudaStream_t stream);
+cudaError_t gemm_sm90(const core::LinearArgs& args, const CudaPlan& plan, void* workspace, cudaStream_t stream);
 
 /// w_mean of core::weight_means; its sums in another order.
 cudaError_t weight_means(const MeanArgs& args, cudaStream_t stream);

@@ -359,6 +359,15 @@ AWQ_DEVICE void take_registers() {
 #endif
 }
 
+// --- bits ---------------------------------------------------------------------------------------------------------------
+
+/// (bits & mask) | with: one instruction (lop3 with the table of that function), where a compiler may take two.
+AWQ_DEVICE std::uint32_t select_or(std::uint32_t bits, std::uint32_t mask, std::uint32_t with) {
+  std::uint32_t d;
+  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(d) : "r"(bits), "r"(mask), "r"(with));
+  return d;
+}
+
 // --- arithmetic on pairs of 16-bit floats in a word ---------------------------------------------------------------------------------
 
 template <DType kType>
