@@ -52,11 +52,4 @@ AWQ_DEVICE void dequantize_word(std::uint32_t word, const ZeroPair& zero, std::u
   a[3] = ptx::sub_pair<kType>(offset_codes<kType, true>(upper), zero.row[1]);
 }
 
-/// Element i of an array of `type` (f16, bf16 or f32), exactly. Memory that no kernel in flight writes.
-AWQ_DEVICE float load_float(const void* data, DType type, std::int64_t i) {
-  if (type == DType::f32) return ptx::load_constant(static_cast<const float*>(data) + i);
-  const std::uint16_t bits = ptx::load_constant(static_cast<const std::uint16_t*>(data) + i);
-  return type == DType::f16 ? ptx::to_float<DType::f16>(bits) : ptx::to_float<DType::bf16>(bits);
-}
-
 }  // namespace awq::cuda

@@ -171,9 +171,19 @@ AWQ_DEVICE void load_matrices(std::uint32_t (&r)[2], Shared row) {
 // --- asynchronous copies of 16 bytes, sm_80 ------------------------------------------------------------------------------
 
 /// Copies `bytes` (0 .. 16) and fills the rest of the 16 with zeros. `from` is 16-byte aligned even if bytes is 0.
+/// Before sm_80: at once.
 AWQ_DEVICE void copy_async(Shared to, const void* from, int bytes) {
 #if __CUDA_ARCH__ >= 800
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
+#else
+  Vector v{};
+  if (bytes == 16)
+    v = load(static_cast<const Vector*>(from));
+  else
+    for (int i = 0; i < 16; ++i)
+      if (i < bytes)
+        v.word[i / 4] |= std::uint32_t{load(static_cast<const std::uint8_t*>(from) + i)} << (i % 4 * 8);
+  store_shared(to, v);
 #endif
 }
 AWQ_DEVICE void copy_async_commit() {
