@@ -116,7 +116,13 @@ inline constexpr int kChains = kRows == 1 ? 2 : 1;
 /// To each lane of sum[0], the four codes of `low` times the digits x0; to the last sum those of `high` times x1.
 template <int kSums>
 inline __attribute__((always_inline)) void dot(Ints (&sum)[kSums], Words low, Words x0, Words high, Words x1) {
-#if defined(__AVX512VNNI__)
+#if defined(__AVX512VNNI__) && defined(__clang__)
+  const auto add = [](Ints& to, Words codes, Words x) {
+    to = reinterpret_cast<Ints>(_mm512_dpbusd_epi32(reinterpret_cast<__m512i>(to), reinterpret_cast<__m512i>(codes),
+                                                    reinterpret_cast<__m512i>(x)));
+  };
+  add(sum[0], low, x0), add(sum[kSums - 1], high, x1);
+#elif defined(__AVX512VNNI__)
   // g++ 12 surrounds the intrinsic with copies of the sums.
   asm("vpdpbusd %2, %1, %0" : "+v"(sum[0]) : "v"(low), "v"(x0));
   asm("vpdpbusd %2, %1, %0" : "+v"(sum[kSums - 1]) : "v"(high), "v"(x1));
@@ -165,8 +171,8 @@ inline __attribute__((always_inline)) void add_products(const std::uint8_t* w, s
 #pragma GCC unroll 2
     for (int v = 0; v < kVectors; ++v) {
       Words codes = load_words(reinterpret_cast<const std::uint32_t*>(w) + v * kLanes, kLanes);
-#if defined(__AVX512F__)
-      asm("" : "+v"(codes));  // else it is loaded twice, which takes as long as a product
+#if defined(__AVX512F__) && !defined(__clang__)
+      asm("" : "+v"(codes));  // else g++ loads it twice, which takes as long as a product
 #endif
       low[v] = codes & 0x0f0f0f0fu;
       high[v] = (codes >> 4) & 0x0f0f0f0fu;

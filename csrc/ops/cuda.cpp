@@ -1,5 +1,7 @@
 // The operators on a CUDA device: check, allocate, enqueue. Nothing here waits for the device or reads its memory, so
 // every operator can be captured in a CUDA graph; temporaries come from torch's allocator, which knows the stream.
+#include "cuda.h"
+
 #include <array>
 
 #include "../cuda/launch.h"
@@ -9,34 +11,6 @@ namespace awq::ops {
 namespace {
 
 using torch::stable::new_empty;
-
-/// For one scope: the device of `t` is the current one, and `stream` is torch's current stream there.
-class OnDevice {
- public:
-  explicit OnDevice(const Tensor& t) : guard_(t.get_device_index()) {
-    void* current = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &current));
-    stream = static_cast<cudaStream_t>(current);
-  }
-
-  cudaStream_t stream;
-
- private:
-  torch::stable::accelerator::DeviceGuard guard_;
-};
-
-/// For one scope: no autograd. The operators have no gradient (functional.linear has), and torch's own operators
-/// called from here must not record one behind its back.
-class NoGrad {
- public:
-  NoGrad() : before_(aoti_torch_grad_mode_is_enabled()) { aoti_torch_grad_mode_set_enabled(false); }
-  ~NoGrad() { aoti_torch_grad_mode_set_enabled(before_); }
-  NoGrad(const NoGrad&) = delete;
-  NoGrad& operator=(const NoGrad&) = delete;
-
- private:
-  bool before_;
-};
 
 Tensor dequantized(const Tensor& qweight, const Tensor& scales, const OptionalTensor& qzeros, const WeightShape& shape,
                    core::DType type, cudaStream_t stream) {
@@ -147,43 +121,6 @@ Tensor repack(const Tensor& qweight, std::string src, std::string dst) {
   return target;
 }
 
-// --- searches: on a CPU only ----------------------------------------------------------------------------------------
-
-[[noreturn]] void refuse_search(const char* op, const char* tensors) {
-  STD_TORCH_CHECK(false, "awq_ext::", op, ": the search runs on a CPU; move its tensors (", tensors,
-                  ") there with .cpu() first");
-}
-
-std::tuple<Tensor, Tensor> search_scale(const Tensor&, const Tensor&, const Tensor&, std::int64_t, std::int64_t,
-                                        std::int64_t, bool, bool, OptionalTensor, OptionalTensor,
-                                        std::optional<ScalarType>) {
-  refuse_search("search_scale", "w, x_mean, gram, tie, row_weight");
-}
-
-Tensor scale_candidates(const Tensor&, const Tensor&, std::int64_t, std::int64_t, bool, OptionalTensor) {
-  refuse_search("scale_candidates", "w, x_mean, tie");
-}
-
-Tensor scale_losses(const Tensor&, const Tensor&, const Tensor&, std::int64_t, std::int64_t, bool, OptionalTensor,
-                    std::optional<ScalarType>) {
-  refuse_search("scale_losses", "w, candidates, gram, row_weight");
-}
-
-Tensor search_clip(const Tensor&, const Tensor&, std::int64_t, std::int64_t, std::int64_t, double, bool,
-                   std::optional<ScalarType>) {
-  refuse_search("search_clip", "w, gram");
-}
-
-std::tuple<Tensor, Tensor, Tensor> quantize_compensated(const Tensor&, const Tensor&, std::int64_t, std::int64_t, bool,
-                                                        OptionalTensor, double, bool, std::int64_t, bool,
-                                                        std::optional<ScalarType>) {
-  refuse_search("quantize_compensated", "w, gram, range");
-}
-
-void add_gram(const Tensor&, const Tensor&, bool) {
-  STD_TORCH_CHECK(false, "awq_ext::add_gram: runs on a CPU; for sums and x on CUDA call sums.addmm_(x.T, x)");
-}
-
 }  // namespace
 }  // namespace awq::ops
 
@@ -194,10 +131,4 @@ STABLE_TORCH_LIBRARY_IMPL(awq_ext, CUDA, m) {
   m.impl("pack", TORCH_BOX(&awq::ops::pack));
   m.impl("unpack", TORCH_BOX(&awq::ops::unpack));
   m.impl("repack", TORCH_BOX(&awq::ops::repack));
-  m.impl("search_scale", TORCH_BOX(&awq::ops::search_scale));
-  m.impl("scale_candidates", TORCH_BOX(&awq::ops::scale_candidates));
-  m.impl("scale_losses", TORCH_BOX(&awq::ops::scale_losses));
-  m.impl("search_clip", TORCH_BOX(&awq::ops::search_clip));
-  m.impl("quantize_compensated", TORCH_BOX(&awq::ops::quantize_compensated));
-  m.impl("add_gram", TORCH_BOX(&awq::ops::add_gram));
 }
