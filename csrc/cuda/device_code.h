@@ -9,6 +9,7 @@
 #include "../core/layout.h"
 #include "../core/pack.h"
 #include "../core/quantize.h"
+#include "vector.h"
 #ifdef __CUDACC__
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -214,10 +215,6 @@ AWQ_HOST_DEVICE inline CodeShape thread_block(BlockTiles tiles, std::int64_t til
 AWQ_HOST_DEVICE inline float offset_code(std::uint32_t word, int nibble) {
   return std::bit_cast<float>(0x4b000000u | ((word >> (4 * nibble)) & 15u));
 }
-
-struct alignas(16) Vector {
-  std::uint32_t word[4];
-};
 
 /// Two floats, each rounded to kType (nearest, ties to even), as neighbours in memory.
 template <DType kType>

@@ -9,13 +9,9 @@
 #include <cstdint>
 
 #include "../core/types.h"
+#include "vector.h"
 
 namespace awq::cuda {
-
-/// Sixteen bytes, the most that a thread loads at once.
-struct alignas(16) Vector {
-  std::uint32_t word[4];
-};
 
 /// What the tensor copy engine needs to know of a matrix in global memory: a CUtensorMap, made on the host.
 struct alignas(64) TensorMap {
