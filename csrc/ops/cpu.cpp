@@ -126,7 +126,7 @@ Tensor dequantize(const Tensor& qweight, const Tensor& scales, OptionalTensor qz
                                   group,
                                   float_type("dequantize", "scales", scales),
                                   w_type,
-                                  layout == "strips"};
+                                  codes_of("dequantize", layout).order};
   const std::int64_t rows = args.row_block();
   parallel_for(0, core::ceil_div(n, rows), grain(k * rows * 3),
                [&, n = n](std::int64_t begin, std::int64_t end) noexcept {

@@ -194,32 +194,36 @@ TEST_CASE("words and codes may stand at any address") {
   });
 }
 
+namespace {
+
+/// Scales [groups, n] in the order of a layout.
+Array arranged(const Array& scales, Order order, std::int64_t n, std::int64_t groups) {
+  Array result(scales.type(), scales.size());
+  for (std::int64_t g = 0; g < groups; ++g)
+    for (std::int64_t row = 0; row < n; ++row)
+      result.set(order == Order::strips      ? strip_scale(n, groups, g, row)
+                 : order == Order::fragments ? fragment_scale(n, groups, g, row)
+                                             : g * n + row,
+                 scales[g * n + row]);
+  return result;
+}
+
+}  // namespace
+
 TEST_CASE("dequantize is (q - z) * s, in float32, rounded once") {
   struct Case {
     std::int64_t n, k, group;
   };
   Random random(4);
-  for (const Case& c : {Case{8, 4, 4}, Case{24, 96, 32}, Case{72, 128, 64}, Case{8, 130, 130}, Case{136, 65, 13}})
+  for (const Case& c : {Case{8, 4, 4}, Case{24, 96, 32}, Case{72, 128, 64}, Case{8, 130, 130}, Case{136, 65, 13},
+                        Case{200, 264, 24}, Case{64, 576, 16}})
     for (const DType scale_type : test::kFloatTypes)
       for (const DType w_type : test::kFloatTypes)
         for (const bool with_zeros : {true, false}) {
-          CAPTURE(c.n, c.k, c.group, int(scale_type), int(w_type), with_zeros);
           const std::int64_t groups = c.k / c.group;
           const auto q = random.codes(c.n * c.k), z = random.codes(c.n * groups);
-          const auto qweight = test::pack(test::gemm_layout(), q, c.n, c.k);
-          const auto qzeros = test::pack(test::gemm_layout(), z, c.n, groups);
           const Array scales(scale_type, groups * c.n, random, 0.001, 0.1);
-          Array w(w_type, c.n * c.k), expected(w_type, c.n * c.k);
-          const DequantizeArgs args{qweight.data(),
-                                    with_zeros ? qzeros.data() : nullptr,
-                                    scales.data(),
-                                    w.data(),
-                                    c.n,
-                                    c.k,
-                                    c.group,
-                                    scale_type,
-                                    w_type};
-          for (std::int64_t row = 0; row < c.n; row += 8) dequantize_rows(args, row, row + 8);
+          Array expected(w_type, c.n * c.k);
           for (std::int64_t row = 0; row < c.n; ++row)
             for (std::int64_t col = 0; col < c.k; ++col) {
               const std::int64_t g = col / c.group;
@@ -228,11 +232,37 @@ TEST_CASE("dequantize is (q - z) * s, in float32, rounded once") {
               expected.set(row * c.k + col,
                            static_cast<float>(q[static_cast<std::size_t>(row * c.k + col)] - zero) * scale);
             }
-          CHECK(w == expected);
-          Array whole(w_type, c.n * c.k);
-          DequantizeArgs all = args;
-          all.w = whole.data();
-          dequantize_rows(all, 0, c.n);
-          CHECK(whole == expected);
+          for (const std::string name : {"gemm", "strips", "fragments"}) {
+            CAPTURE(c.n, c.k, c.group, int(scale_type), int(w_type), with_zeros, name);
+            const Codes& codes = *find_codes(name);
+            const auto qweight = test::pack(codes, q, c.n, c.k);
+            const auto qzeros = test::pack(*find_codes(name + ".zeros"), z, c.n, groups);
+            const Array ordered = arranged(scales, codes.order, c.n, groups);
+            for_levels([&](const Kernels& level) {
+              Array w(w_type, c.n * c.k), whole(w_type, c.n * c.k);
+              DequantizeArgs args{qweight.data(),
+                                  with_zeros ? qzeros.data() : nullptr,
+                                  ordered.data(),
+                                  w.data(),
+                                  c.n,
+                                  c.k,
+                                  c.group,
+                                  scale_type,
+                                  w_type,
+                                  codes.order};
+              const auto dequantize = name == "gemm" ? level.dequantize_rows : level.dequantize_tiles;
+              for (std::int64_t row = 0; row < c.n; row += args.row_block())
+                dequantize(args, row, std::min(row + args.row_block(), c.n));
+              CHECK(w == expected);
+              args.w = whole.data();
+              dequantize(args, 0, c.n);
+              CHECK(whole == expected);
+            });
+            Array best(w_type, c.n * c.k);
+            dequantize_rows({qweight.data(), with_zeros ? qzeros.data() : nullptr, ordered.data(), best.data(), c.n,
+                             c.k, c.group, scale_type, w_type, codes.order},
+                            0, c.n);
+            CHECK(best == expected);
+          }
         }
 }
