@@ -300,13 +300,14 @@ using FragmentTiles = Tiles<64, 128>;  // a warp has 16 x 64 of them
 /// One thread's share of a tile. kWhole is has_whole_blocks(a).
 template <DType kScale, DType kOut, bool kWhole>
 AWQ_HOST_DEVICE inline void dequantize_fragments(const core::DequantizeArgs& a, std::int64_t tile, int thread) {
+  constexpr core::Codes codes_at = core::kFragments, zeros_at = core::kFragmentZeros;
   const int lane = thread % kWarp, warp = thread / kWarp;
   const CodeShape origin = FragmentTiles{{a.n, a.k}}.origin(tile);
   const std::int64_t groups = a.k / a.group, k0 = origin.k + warp / 4 * 64;
   const int strip = warp % 4, r = lane / 4, half = lane % 2;
   if (k0 >= a.k) return;
   const std::uint32_t* const words =
-      a.qweight + core::tile_word(core::kFragments, a.n, a.k, origin.n, k0) + strip * 128 + r * 16;
+      a.qweight + core::tile_word(codes_at, a.n, a.k, origin.n, k0) + strip * 128 + r * 16;
   for (int step = 0; step < 2; ++step) {
     const int j = 2 * step + lane % 4 / 2;
     const std::int64_t first = k0 + 16 * j + 8 * half;
@@ -326,8 +327,7 @@ AWQ_HOST_DEVICE inline void dequantize_fragments(const core::DequantizeArgs& a, 
           const std::uint32_t zeros =
               a.qzeros == nullptr
                   ? core::kSymmetricZero * 0x11u
-                  : a.qzeros[core::tile_word(core::kFragmentZeros, a.n, groups, row, g) + 2 * strip + r / 4] >>
-                        r % 4 * 8;
+                  : a.qzeros[core::tile_word(zeros_at, a.n, groups, row, g) + 2 * strip + r / 4] >> r % 4 * 8;
           zero = offset_code(zeros, upper);
         }
         values[i] = (offset_code(codes[i / 2], 2 * half + upper + i % 2 * 4) - zero) * scale;
