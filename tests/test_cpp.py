@@ -54,6 +54,8 @@ def build_core_tests(build: Path, *options: str) -> None:
     configured = subprocess.run(configure, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300)
     if configured.returncode and "needs Catch2" in configured.stdout:
         missing("Catch2 (apt-get install catch2)")
+    if configured.returncode and "needs Boost.Context" in configured.stdout:
+        missing("Boost.Context (apt-get install libboost-context-dev)")
     assert configured.returncode == 0, configured.stdout
     run("cmake", "--build", build, "--parallel", str(min(4, os.cpu_count() or 1)))
 

@@ -62,14 +62,15 @@ struct Kernels {
                         std::int64_t begin, std::int64_t end) noexcept;
   void (*repack_blocks)(const Codes& from, const Codes& to, const void* source, void* target, std::int64_t n,
                         std::int64_t k, std::int64_t begin, std::int64_t end) noexcept;
+  /// Of layout gemm, and of strips and fragments, where begin is a multiple of kBlock.
   void (*dequantize_rows)(const DequantizeArgs& args, std::int64_t begin, std::int64_t end) noexcept;
+  void (*dequantize_tiles)(const DequantizeArgs& args, std::int64_t begin, std::int64_t end) noexcept;
 
   /// Layout strips, see strips.h: prepare tiles [begin, end) of x, then, when all are prepared, multiply output strips
   /// [begin, end). A row of y is the same whatever rows are beside it.
   int strips_rows[kMostDigits];  // most rows of a tile, by digits - 1
   void (*strips_prepare)(const StripsWork& work, std::int64_t begin, std::int64_t end) noexcept;
   void (*strips_multiply)(const StripsWork& work, std::int64_t begin, std::int64_t end) noexcept;
-  void (*strips_dequantize)(const DequantizeArgs& args, std::int64_t begin, std::int64_t end) noexcept;
 };
 
 /// k rounded up to whole panels: the row length of d.

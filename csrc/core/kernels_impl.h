@@ -415,6 +415,61 @@ void dequantize_rows(const DequantizeArgs& a, std::int64_t begin, std::int64_t e
   }
 }
 
+constexpr Codes kStripCodes = kStrips, kFragmentCodes = kFragments;  // of this level alone: their addresses are taken
+
+/// Scale and zero of the row and group, in layout strips or fragments.
+inline GroupParameters parameters_of(const DequantizeArgs& a, std::int64_t row, std::int64_t g) {
+  const std::int64_t groups = a.k / a.group;
+  const bool strips = a.order == Order::strips;
+  const std::int64_t place = strips ? strip_scale(a.n, groups, g, row) : fragment_scale(a.n, groups, g, row);
+  const float scale = load_as<float>(a.scales, a.scale_type, place);
+  if (a.qzeros == nullptr) return {scale, kSymmetricZero, last_code(4)};
+  const auto* bytes = reinterpret_cast<const std::uint8_t*>(a.qzeros);
+  const std::int64_t byte =
+      strips ? (row / kStripColumns * groups + g) * (kStripColumns / 2) + row % 16
+             : (row / kPanelColumns * groups + g) * (kPanelColumns / 2) + row % 64 / 16 * 8 + row % 8;
+  const std::int64_t upper = strips ? row % kStripColumns / 16 : row % kFragmentRows / 8;
+  return {scale, static_cast<float>(bytes[byte] >> (4 * upper) & 15), last_code(4)};
+}
+
+/// Codes [begin, begin + count) of a row of the tile, one a byte there, from which on the row of the result is `row`.
+inline void dequantize_codes(const DequantizeArgs& a, const std::uint8_t* codes, std::int64_t row, std::int64_t begin,
+                             std::int64_t count) {
+  for (std::int64_t i = begin; i < begin + count;) {
+    const std::int64_t g = i / a.group, stop = smaller((g + 1) * a.group, begin + count);
+    const GroupParameters p = parameters_of(a, row, g);
+    for (; i + kLanes <= stop; i += kLanes) {
+      const Floats code = __builtin_convertvector(load_bytes(codes + (i - begin)), Floats);
+      store_as(a.w, a.w_type, row * a.k + i, (code - broadcast(p.zero)) * broadcast(p.scale));
+    }
+    for (; i < stop; ++i)
+      store_as(a.w, a.w_type, row * a.k + i, (static_cast<float>(codes[i - begin]) - p.zero) * p.scale);
+  }
+}
+
+void dequantize_tiles(const DequantizeArgs& a, std::int64_t begin, std::int64_t end) noexcept {
+  const Codes& layout = a.order == Order::strips ? kStripCodes : kFragmentCodes;
+  const Packed<const std::uint8_t> words{layout, reinterpret_cast<const std::uint8_t*>(a.qweight)};
+  Tile tile;
+  alignas(64) std::uint8_t codes[kBlock];
+  for (std::int64_t n0 = begin; n0 < end; n0 += kBlock)
+    for (std::int64_t k0 = 0; k0 < a.k; k0 += kBlock) {
+      const Window w{a.n, a.k, n0, k0};
+      const Lines next = k0 + kBlock < a.k ? Lines(words.area({a.n, a.k, n0, k0 + kBlock})) : Lines();
+      Ahead ahead(next, Lines(), words.passes());
+      words.load(w, tile, ahead);
+      for (std::int64_t r = 0; r < w.rows(); ++r) {
+        for (std::int64_t i = 0; i < kBlock; i += std::int64_t{sizeof(Words)}) {
+          HalfBytes pairs;
+          std::memcpy(&pairs, &tile.row[r][i / kCodesPerWord], sizeof pairs);
+          const Words split = split_codes(pairs);
+          std::memcpy(codes + i, &split, sizeof split);
+        }
+        dequantize_codes(a, codes, n0 + r, k0, w.cols());
+      }
+    }
+}
+
 constexpr Kernels make_kernels(const char* name) {
   return {name,
           kStrip,
@@ -433,10 +488,10 @@ constexpr Kernels make_kernels(const char* name) {
           unpack_tiles,
           repack_tiles,
           dequantize_rows,
+          dequantize_tiles,
           {kRowsOfDigits[0], kRowsOfDigits[1], kRowsOfDigits[2]},
           strips_prepare,
-          strips_multiply,
-          strips_dequantize};
+          strips_multiply};
 }
 
 }  // namespace

@@ -20,7 +20,7 @@ struct WordShape {
 };
 
 /// Order of the codes in a tile.
-enum class Order : std::uint8_t { natural, awq, fast, marlin, strips, strip_zeros };
+enum class Order : std::uint8_t { natural, awq, fast, marlin, strips, strip_zeros, fragments, fragment_zeros };
 
 inline constexpr std::array<std::uint8_t, 8> kAwqOrder{0, 2, 4, 6, 1, 3, 5, 7};
 inline constexpr int kCodesPerWord = 8;  // in 32 bits
@@ -71,6 +71,17 @@ AWQ_HOST_DEVICE constexpr CodeShape code_in_tile(const Codes& codes, int place) 
     // four neighbours along k, the upper ones the next four.
     case Order::strips: return {place / 8, place % 8 / 2 + place % 2 * 4};
     case Order::strip_zeros: return {place / 2 + place % 2 * 16, 0};
+    // Four strips of 16 n, one to a warp. Lane i of the warp has four words of its strip, one to each 16 k, with all
+    // that it feeds to mma.m16n8k16, or to a wgmma of 64 n x 16 k, as the first operand: rows i / 4 and i / 4 + 8,
+    // columns 2 (i % 4) + {0, 1, 8, 9}. Register j of that operand is two neighbours along k, the nibbles j and j + 4.
+    // Sources: PTX ISA, "Matrix Fragments for mma.m16n8k16", "Register Fragments" of wgmma.mma_async.m64nNk16.
+    case Order::fragments: {
+      const int lane = place / 32 % 32, nibble = place % 8;
+      return {place / 1024 * 16 + lane / 4 + nibble % 2 * 8,
+              place / 8 % 4 * 16 + lane % 4 * 2 + nibble % 4 / 2 * 8 + nibble / 4};
+    }
+    // A byte for the two rows of a lane.
+    case Order::fragment_zeros: return {place / 16 * 16 + place % 16 / 2 + place % 2 * 8, 0};
     default: return {place / codes.tile_k, place % codes.tile_k};
   }
 }
@@ -86,8 +97,9 @@ enum class Zeros : std::uint8_t {
 /// What stands where in scales.
 enum class ScaleOrder : std::uint8_t {
   natural,
-  marlin,  // the columns are permuted, see marlin_scale
-  strips,  // [groups, n] elements, but strip after strip, see strip_scale
+  marlin,     // the columns are permuted, see marlin_scale
+  strips,     // [groups, n] elements, but strip after strip, see strip_scale
+  fragments,  // [groups, n] elements, but panel after panel, see fragment_scale
 };
 
 struct Layout {
@@ -115,9 +127,11 @@ inline constexpr Codes kMarlin{Order::marlin, Axis::k, 64, 16, 32, false};
 inline constexpr Codes kDownN{Order::natural, Axis::n, 8, 1, 32, true};
 inline constexpr Codes kStrips{Order::strips, Axis::n, 32, 8, 32, true};
 inline constexpr Codes kStripZeros{Order::strip_zeros, Axis::n, 32, 1, 32, true};
+inline constexpr Codes kFragments{Order::fragments, Axis::n, 64, 64, 32, true};
+inline constexpr Codes kFragmentZeros{Order::fragment_zeros, Axis::n, 64, 1, 32, true};
 inline constexpr Codes kNoWords{Order::natural, Axis::n, 1, 8, 32, false};
 
-inline constexpr std::array<Layout, 9> kLayouts{{
+inline constexpr std::array<Layout, 10> kLayouts{{
     // name, weight, zeros, zero_words, optional, scales_outer, padded, scales_order,
     // names of weight, zeros, scales, extra
     {"gemm", kAlongN, Zeros::words, kAlongN, false, Axis::k, false, ScaleOrder::natural, "qweight", "qzeros", "scales",
@@ -139,6 +153,8 @@ inline constexpr std::array<Layout, 9> kLayouts{{
      "compressed-tensors compressors/pack_quantized (pack-quantized)"},
     {"strips", kStrips, Zeros::words, kStripZeros, true, Axis::k, false, ScaleOrder::strips, "", "", "", "",
      "csrc/core/strips.h, for this library's CPU kernels"},
+    {"fragments", kFragments, Zeros::words, kFragmentZeros, true, Axis::k, false, ScaleOrder::fragments, "", "", "", "",
+     "the first operand of mma and wgmma, for this library's CUDA kernels"},
 }};
 
 /// Layout of that name, or nullptr.
@@ -228,6 +244,21 @@ AWQ_HOST_DEVICE constexpr std::int64_t strip_scale(std::int64_t n, std::int64_t 
                                                    std::int64_t column) {
   const std::int64_t first = column / kStripColumns * kStripColumns, rest = n - first;
   return first * groups + g * (rest < kStripColumns ? rest : kStripColumns) + column - first;
+}
+
+inline constexpr std::int64_t kPanelColumns = kFragments.tile_n;
+inline constexpr std::int64_t kFragmentRows = 16;
+
+/// The same in scales of order fragments: panels of kPanelColumns channels (the last may have fewer) one after another,
+/// in each group after group, in each its channels. In 16 channels those that a lane has, r and r + 8, are neighbours;
+/// a panel may end with 8, which are as they are.
+AWQ_HOST_DEVICE constexpr std::int64_t fragment_scale(std::int64_t n, std::int64_t groups, std::int64_t g,
+                                                      std::int64_t column) {
+  const std::int64_t first = column / kPanelColumns * kPanelColumns, rest = n - first;
+  const std::int64_t columns = rest < kPanelColumns ? rest : kPanelColumns;
+  const std::int64_t strip = (column - first) / kFragmentRows * kFragmentRows, r = column % kFragmentRows;
+  const std::int64_t place = columns - strip < kFragmentRows ? r : r % 8 * 2 + r / 8;
+  return first * groups + g * columns + strip + place;
 }
 
 }  // namespace awq::core

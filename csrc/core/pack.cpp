@@ -20,7 +20,7 @@ void repack_blocks(const Codes& from, const Codes& to, const void* source, void*
 }
 
 void dequantize_rows(const DequantizeArgs& args, std::int64_t begin, std::int64_t end) noexcept {
-  (args.strips ? best_kernels().strips_dequantize : best_kernels().dequantize_rows)(args, begin, end);
+  (args.order == Order::awq ? best_kernels().dequantize_rows : best_kernels().dequantize_tiles)(args, begin, end);
 }
 
 }  // namespace awq::core

@@ -31,16 +31,16 @@ void repack_blocks(const Codes& from, const Codes& to, const void* source, void*
                    std::int64_t begin, std::int64_t end) noexcept;
 
 struct DequantizeArgs {
-  const std::uint32_t* qweight;  // layout gemm or strips
+  const std::uint32_t* qweight;  // layout gemm, strips or fragments
   const std::uint32_t* qzeros;   // of that layout too, or nullptr: every zero is 8
   const void* scales;            // [groups, n] of scale_type, in the order of the layout
   void* w;                       // [n, k] of w_type
   std::int64_t n, k, group;
   DType scale_type, w_type;
-  bool strips = false;  // the layout is strips
+  Order order = Order::awq;  // of the layout: awq (gemm), strips or fragments
 
   /// Rows that begin and end of dequantize_rows are multiples of (n apart).
-  AWQ_HOST_DEVICE constexpr std::int64_t row_block() const { return strips ? kBlock : 8; }
+  AWQ_HOST_DEVICE constexpr std::int64_t row_block() const { return order == Order::awq ? 8 : kBlock; }
 };
 
 /// Dequantizes output rows [begin, end).

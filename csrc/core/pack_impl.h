@@ -8,6 +8,7 @@
 // rows, the words or the nibbles of this or that: an order is a permutation of the names, and a transposition or an
 // exchange swaps some of them.
 #pragma once
+#include <algorithm>
 #include <limits>
 
 #include "layout.h"
@@ -288,23 +289,72 @@ inline void rows_to_strips(Tile& tile, Ahead& ahead) {
   for_vectors(tile, ahead, [](Words v) { return exchange_inside(exchange_inside(v, 8, 0x0000ff00u), 4, 0x00f000f0u); });
 }
 
+/// As placed, by index bits from the highest: n is n/64 s s h r r r, k is k/64 j j g t u o (see code_in_tile: a lane is
+/// r r r t u, its four words are j j). A piece is the words u j j.
+///                          row n/64 s s t r r r   word k/64 u j j   nibble o g h
+///   rows' t with h         row n/64 s s h r r r   word k/64 u j j   nibble o g t
+///   nibble's o with t                             word k/64 u j j   nibble t g o
+///   fours interleaved                             word k/64 j j u   nibble t g o
+///   words' u with g                               word k/64 j j g   nibble t u o
+inline void swap_rows_and_nibbles(Tile& tile, Ahead& ahead) {
+  for (int first = 0; first < kBlock; first += 16, ahead.step())
+    for (int row = first; row < first + 8; ++row)
+      for (int word = 0; word < kTileWords; word += kLanes)
+        exchange<4>(*vector_at(tile, row, word), *vector_at(tile, row + 8, word));
+}
+
+inline Words swap_words_and_bytes(Words v) {
+  return reinterpret_cast<Words>(exchange_inside(reinterpret_cast<Longs>(v), 24, std::uint64_t{0xff00ff00}));
+}
+
+/// Replaces each row's vectors by f of them.
+template <class F>
+inline void for_rows(Tile& tile, F f) {
+  for (auto& row : tile.row) {
+    Words v[kTileWords / kLanes];
+    std::memcpy(v, row, sizeof v);
+    f(v);
+    std::memcpy(row, v, sizeof v);
+  }
+}
+
+inline void fragments_to_rows(Tile& tile, Ahead& ahead) {
+  swap_rows_and_nibbles(tile, ahead);
+  for_rows(tile, [](Words(&v)[kTileWords / kLanes]) {
+    for (Words& words : v) words = exchange_inside(words, 12, 0x0000f0f0u);
+    interleave_fours(v);
+    for (Words& words : v) words = swap_words_and_bytes(words);
+  });
+}
+
+inline void rows_to_fragments(Tile& tile, Ahead& ahead) {
+  for_rows(tile, [](Words(&v)[kTileWords / kLanes]) {
+    for (Words& words : v) words = swap_words_and_bytes(words);
+    separate_fours(v);
+    for (Words& words : v) words = exchange_inside(words, 12, 0x0000f0f0u);
+  });
+  swap_rows_and_nibbles(tile, ahead);
+}
+
 // --- words in memory -------------------------------------------------------------------------------------------------
 
 /// Where the pieces of an area go in a tile, such that it can be rearranged in place.
 enum class Placing {
-  rows,     // a row of 64 bytes to a row
-  columns,  // sixteen rows of 512 bytes: each 64 columns of bytes to sixteen rows
-  fast,     // a row of 256 bytes holds two times four rows of 64 codes: each four to half of the same four rows
-  marlin,   // eight rows of 1024 bytes, each n / 64 s s s of 64: to row n / 64 c c c s s s, see marlin_row
-  strips,   // four rows of 2048 bytes, by turns 64 of the strip's lower and its upper columns: each to sixteen rows
-  one,      // nibble by nibble, for zeros in an order of their own: they are few
+  rows,       // a row of 64 bytes to a row
+  columns,    // sixteen rows of 512 bytes: each 64 columns of bytes to sixteen rows
+  fast,       // a row of 256 bytes holds two times four rows of 64 codes: each four to half of the same four rows
+  marlin,     // eight rows of 1024 bytes, each n / 64 s s s of 64: to row n / 64 c c c s s s, see marlin_row
+  strips,     // four rows of 2048 bytes, by turns 64 of the strip's lower and its upper columns: each to sixteen rows
+  fragments,  // two rows of 4096 bytes, k / 64 s s r r r t: to row n / 64 s s t r r r, see fragments_to_rows
+  one,        // nibble by nibble, for zeros in an order of their own: they are few
 };
 
 inline Placing placing_of(const Codes& codes) {
   if (codes.order == Order::fast) return Placing::fast;
   if (codes.order == Order::marlin) return Placing::marlin;
   if (codes.order == Order::strips) return Placing::strips;
-  if (codes.order == Order::strip_zeros) return Placing::one;
+  if (codes.order == Order::fragments) return Placing::fragments;
+  if (codes.order == Order::strip_zeros || codes.order == Order::fragment_zeros) return Placing::one;
   return (codes.tile_k == 1) == (codes.outer == Axis::n) ? Placing::columns : Placing::rows;
 }
 
@@ -321,6 +371,8 @@ inline void for_pieces(const Area<Byte>& area, bool whole, Tile& tile, Move move
       case Placing::fast: return &tile.row[4 * row + piece % 4][piece / 4 * (kTileWords / 2)];
       case Placing::marlin: return &tile.row[line / 8 * 64 + row * 8 + line % 8][half];
       case Placing::strips: return &tile.row[32 * row + line % 2 * 16 + line / 2][half];
+      case Placing::fragments:
+        return &tile.row[64 * row + line % 32 / 8 * 16 + piece % 2 * 8 + line % 8][line / 32 * (kTileWords / 2)];
       default: return &tile.row[row][half];
     }
   };
@@ -333,11 +385,12 @@ inline void for_pieces(const Area<Byte>& area, bool whole, Tile& tile, Move move
         move(first + bytes - rest, place(row, bytes / kPiece), rest);
     }
   };
-  constexpr std::int64_t kRows = kPlacing == Placing::columns  ? 16
-                                 : kPlacing == Placing::fast   ? 32
-                                 : kPlacing == Placing::marlin ? 8
-                                 : kPlacing == Placing::strips ? 4
-                                                               : kBlock;
+  constexpr std::int64_t kRows = kPlacing == Placing::columns     ? 16
+                                 : kPlacing == Placing::fast      ? 32
+                                 : kPlacing == Placing::marlin    ? 8
+                                 : kPlacing == Placing::strips    ? 4
+                                 : kPlacing == Placing::fragments ? 2
+                                                                  : kBlock;
   whole ? visit(kRows, std::int64_t{sizeof tile} / kRows) : visit(area.rows, area.bytes);
 }
 
@@ -349,6 +402,7 @@ inline void for_pieces(Placing placing, const Area<Byte>& area, bool whole, Tile
     case Placing::fast: return for_pieces<Placing::fast>(area, whole, tile, move);
     case Placing::marlin: return for_pieces<Placing::marlin>(area, whole, tile, move);
     case Placing::strips: return for_pieces<Placing::strips>(area, whole, tile, move);
+    case Placing::fragments: return for_pieces<Placing::fragments>(area, whole, tile, move);
     case Placing::one: return;
   }
 }
@@ -356,11 +410,15 @@ inline void for_pieces(Placing placing, const Area<Byte>& area, bool whole, Tile
 /// Sets what words and padded tiles may hold beside the matrix to 0.
 inline void clear_outside(const Window& w, Tile& tile) {
   const std::int64_t rows = w.rows(), cols = w.cols();
-  if (cols % kCodesPerWord != 0)
-    for (std::int64_t r = 0; r < rows; ++r)
-      tile.row[r][cols / kCodesPerWord] &= (1u << (4 * (cols % kCodesPerWord))) - 1;
-  constexpr std::int64_t kTallest = kStripColumns;  // of the tiles that pad
-  static_assert(kTallest % kCodesPerWord == 0 && kBlock % kTallest == 0);
+  constexpr std::int64_t kTallest = kFragments.tile_n, kWidest = kFragments.tile_k;  // of the tiles that pad
+  static_assert(kTallest % kCodesPerWord == 0 && kBlock % kTallest == 0 && kBlock % kWidest == 0);
+  if (cols % kWidest != 0) {
+    const std::int64_t word = cols / kCodesPerWord, last = (cols / kWidest + 1) * (kWidest / kCodesPerWord);
+    for (std::int64_t r = 0; r < rows; ++r) {
+      tile.row[r][word] &= (1u << (4 * (cols % kCodesPerWord))) - 1;
+      std::fill(tile.row[r] + word + 1, tile.row[r] + last, 0u);
+    }
+  }
   if (rows % kTallest != 0)
     std::memset(tile.row[rows], 0, static_cast<std::size_t>(kTallest - rows % kTallest) * sizeof tile.row[0]);
 }
@@ -417,6 +475,7 @@ struct Packed {
     if (placing == Placing::fast) fast_to_rows(tile, ahead);
     if (placing == Placing::marlin) marlin_to_rows(tile, ahead);
     if (placing == Placing::strips) strips_to_rows(tile, ahead);
+    if (placing == Placing::fragments) fragments_to_rows(tile, ahead);
     if (codes.tile_k == 1 && placing != Placing::one) along_n_to_rows(codes.order, tile, ahead);
     clear_outside(w, tile);
   }
@@ -428,6 +487,7 @@ struct Packed {
     if (placing == Placing::columns || placing == Placing::strips) transpose_columns(tile, ahead);
     if (placing == Placing::fast) rows_to_fast(tile, ahead);
     if (placing == Placing::marlin) rows_to_marlin(tile, ahead);
+    if (placing == Placing::fragments) rows_to_fragments(tile, ahead);
     ahead.finish();
     if (placing == Placing::one)
       for_nibbles(w, [&](std::uint8_t* byte, int shift, std::int64_t row, std::int64_t col) {

@@ -286,6 +286,36 @@ inline Words swap_middle_shorts(Words v) {
 }
 #endif
 
+/// Of every eight of these words, the first four interleaved with the last four: 0 4 1 5 2 6 3 7.
+inline void interleave_fours(Words (&v)[16 / kLanes]) {
+#if defined(__AVX512F__)
+  const __m512i from = _mm512_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15);
+  v[0] = reinterpret_cast<Words>(_mm512_permutexvar_epi32(from, reinterpret_cast<__m512i>(v[0])));
+#elif defined(__AVX2__)
+  const __m256i from = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+  for (Words& a : v) a = reinterpret_cast<Words>(_mm256_permutevar8x32_epi32(reinterpret_cast<__m256i>(a), from));
+#else
+  for (int i = 0; i < 16 / kLanes; i += 2) riffle(v[i], v[i + 1], v[i], v[i + 1]);
+#endif
+}
+
+/// The inverse: the even ones before the odd ones.
+inline void separate_fours(Words (&v)[16 / kLanes]) {
+#if defined(__AVX512F__)
+  const __m512i from = _mm512_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15);
+  v[0] = reinterpret_cast<Words>(_mm512_permutexvar_epi32(from, reinterpret_cast<__m512i>(v[0])));
+#elif defined(__AVX2__)
+  const __m256i from = _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7);
+  for (Words& a : v) a = reinterpret_cast<Words>(_mm256_permutevar8x32_epi32(reinterpret_cast<__m256i>(a), from));
+#else
+  for (int i = 0; i < 16 / kLanes; i += 2) {
+    const Words a = v[i], b = v[i + 1];
+    v[i] = Words{a[0], a[2], b[0], b[2]};
+    v[i + 1] = Words{a[1], a[3], b[1], b[3]};
+  }
+#endif
+}
+
 /// Of every eight 16-bit elements, the first four interleaved with the last four: 0 4 1 5 2 6 3 7.
 inline Words interleave_halves(Words v) {
 #if defined(__AVX2__)

@@ -392,55 +392,5 @@ void strips_multiply(const StripsWork& work, std::int64_t begin, std::int64_t en
   }
 }
 
-// --- dequantize -----------------------------------------------------------------------------------------------------
-
-constexpr Codes kStripCodes = kStrips;  // of this file alone, so that its address may be taken
-
-/// Codes [begin, begin + count) of a row of the tile, one a byte there, from which on the row of the result is `row`.
-inline void dequantize_codes(const DequantizeArgs& a, const std::uint8_t* codes, std::int64_t row, std::int64_t begin,
-                             std::int64_t count) {
-  const std::int64_t groups = a.k / a.group;
-  for (std::int64_t i = begin; i < begin + count;) {
-    const std::int64_t g = i / a.group, end = (g + 1) * a.group;
-    const std::int64_t stop = end < begin + count ? end : begin + count;
-    const float scale = load_as<float>(a.scales, a.scale_type, strip_scale(a.n, groups, g, row));
-    float zero = 8.0f;
-    if (a.qzeros != nullptr) {
-      const auto* bytes = reinterpret_cast<const std::uint8_t*>(a.qzeros);
-      const std::int64_t column = row % kStripColumns, half = kStripColumns / 2;
-      zero = static_cast<float>(
-          bytes[(row / kStripColumns * groups + g) * half + column % half] >> (column / half * 4) & 15);
-    }
-    for (; i + kLanes <= stop; i += kLanes) {
-      const Floats code = __builtin_convertvector(load_bytes(codes + (i - begin)), Floats);
-      store_as(a.w, a.w_type, row * a.k + i, (code - broadcast(zero)) * broadcast(scale));
-    }
-    for (; i < stop; ++i) store_as(a.w, a.w_type, row * a.k + i, (static_cast<float>(codes[i - begin]) - zero) * scale);
-  }
-}
-
-/// Rows [begin, end) of the result, begin a multiple of kBlock.
-void strips_dequantize(const DequantizeArgs& a, std::int64_t begin, std::int64_t end) noexcept {
-  const Packed<const std::uint8_t> words{kStripCodes, reinterpret_cast<const std::uint8_t*>(a.qweight)};
-  Tile tile;
-  alignas(64) std::uint8_t codes[kBlock];
-  for (std::int64_t n0 = begin; n0 < end; n0 += kBlock)
-    for (std::int64_t k0 = 0; k0 < a.k; k0 += kBlock) {
-      const Window w{a.n, a.k, n0, k0};
-      const Lines next = k0 + kBlock < a.k ? Lines(words.area({a.n, a.k, n0, k0 + kBlock})) : Lines();
-      Ahead ahead(next, Lines(), words.passes());
-      words.load(w, tile, ahead);
-      for (std::int64_t r = 0; r < w.rows(); ++r) {
-        for (std::int64_t i = 0; i < kBlock; i += std::int64_t{sizeof(Words)}) {
-          HalfBytes pairs;
-          std::memcpy(&pairs, &tile.row[r][i / kCodesPerWord], sizeof pairs);
-          const Words split = split_codes(pairs);
-          std::memcpy(codes + i, &split, sizeof split);
-        }
-        dequantize_codes(a, codes, n0 + r, k0, w.cols());
-      }
-    }
-}
-
 }  // namespace
 }  // namespace awq::core

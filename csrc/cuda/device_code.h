@@ -9,6 +9,7 @@
 #include "../core/layout.h"
 #include "../core/pack.h"
 #include "../core/quantize.h"
+#include "vector.h"
 #ifdef __CUDACC__
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -215,10 +216,6 @@ AWQ_HOST_DEVICE inline float offset_code(std::uint32_t word, int nibble) {
   return std::bit_cast<float>(0x4b000000u | ((word >> (4 * nibble)) & 15u));
 }
 
-struct alignas(16) Vector {
-  std::uint32_t word[4];
-};
-
 /// Two floats, each rounded to kType (nearest, ties to even), as neighbours in memory.
 template <DType kType>
 AWQ_HOST_DEVICE inline std::uint32_t round_pair(float first, float second) {
@@ -291,6 +288,52 @@ AWQ_HOST_DEVICE inline void dequantize_block(const core::DequantizeArgs& a, std:
         const float value = (offset_code(codes, nibble) - offset_code(zeros, nibble)) * scale;
         core::store_as(a.w, kOut, (first.n + r) * a.k + i, value);
       }
+    }
+  }
+}
+
+// Layout fragments: the words j of four neighbouring lanes hold 16 neighbours along k of rows r and r + 8. A thread
+// takes half of those 16 from each, so that four threads' stores are 64 bytes (of two-byte types) of one row.
+
+using FragmentTiles = Tiles<64, 128>;  // a warp has 16 x 64 of them
+
+/// One thread's share of a tile. kWhole is has_whole_blocks(a).
+template <DType kScale, DType kOut, bool kWhole>
+AWQ_HOST_DEVICE inline void dequantize_fragments(const core::DequantizeArgs& a, std::int64_t tile, int thread) {
+  constexpr core::Codes codes_at = core::kFragments, zeros_at = core::kFragmentZeros;
+  const int lane = thread % kWarp, warp = thread / kWarp;
+  const CodeShape origin = FragmentTiles{{a.n, a.k}}.origin(tile);
+  const std::int64_t groups = a.k / a.group, k0 = origin.k + warp / 4 * 64;
+  const int strip = warp % 4, r = lane / 4, half = lane % 2;
+  if (k0 >= a.k) return;
+  const std::uint32_t* const words =
+      a.qweight + core::tile_word(codes_at, a.n, a.k, origin.n, k0) + strip * 128 + r * 16;
+  for (int step = 0; step < 2; ++step) {
+    const int j = 2 * step + lane % 4 / 2;
+    const std::int64_t first = k0 + 16 * j + 8 * half;
+    if (first >= a.k) return;
+    std::uint32_t codes[4];
+    for (int t = 0; t < 4; ++t) codes[t] = words[4 * t + j];
+    for (int upper = 0; upper < 2; ++upper) {
+      const std::int64_t row = origin.n + 16 * strip + r + 8 * upper;
+      if (row >= a.n) break;
+      std::int64_t of = -1;  // group that scale and zero are of
+      float scale = 0.0f, zero = 0.0f, values[8];
+      for (int i = 0; i < 8; ++i) {
+        if (!kWhole && first + i >= a.k) break;
+        if (const std::int64_t g = (kWhole ? first : first + i) / a.group; g != of) {
+          of = g;
+          scale = load_float<kScale>(a.scales, core::fragment_scale(a.n, groups, g, row));
+          const std::uint32_t zeros =
+              a.qzeros == nullptr
+                  ? core::kSymmetricZero * 0x11u
+                  : a.qzeros[core::tile_word(zeros_at, a.n, groups, row, g) + 2 * strip + r / 4] >> r % 4 * 8;
+          zero = offset_code(zeros, upper);
+        }
+        values[i] = (offset_code(codes[i / 2], 2 * half + upper + i % 2 * 4) - zero) * scale;
+        if (!kWhole) core::store_as(a.w, kOut, row * a.k + first + i, values[i]);
+      }
+      if (kWhole) store_eight<kOut>(a.w, row * a.k + first, values);
     }
   }
 }

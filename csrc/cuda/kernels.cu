@@ -39,6 +39,13 @@ __global__ void __launch_bounds__(kThreads) dequantize_kernel(core::DequantizeAr
     dequantize_block<kScale, kOut, kWhole>(args, tile, threadIdx.x);
 }
 
+template <DType kScale, DType kOut, bool kWhole>
+__global__ void __launch_bounds__(kThreads) dequantize_fragments_kernel(core::DequantizeArgs args) {
+  const FragmentTiles tiles{{args.n, args.k}};
+  for (std::int64_t tile = blockIdx.x; tile < tiles.count(); tile += gridDim.x)
+    dequantize_fragments<kScale, kOut, kWhole>(args, tile, threadIdx.x);
+}
+
 /// Starts a block for each piece of work, or as many as a grid can have: kernels stride by the grid.
 template <class Kernel, class... Args>
 cudaError_t launch(Kernel kernel, std::int64_t pieces, cudaStream_t stream, const Args&... args) {
@@ -89,11 +96,17 @@ cudaError_t quantize(const core::QuantizeArgs& args, cudaStream_t stream) {
 }
 
 cudaError_t dequantize(const core::DequantizeArgs& args, cudaStream_t stream) {
-  const std::int64_t blocks = BlockTiles{{args.n, args.k}}.count();
+  const bool fragments = args.order == core::Order::fragments;
+  if (!fragments && args.order != core::Order::awq) return cudaErrorInvalidValue;
+  const std::int64_t blocks =
+      fragments ? FragmentTiles{{args.n, args.k}}.count() : BlockTiles{{args.n, args.k}}.count();
   return with_type(args.scale_type, [&]<DType kScale>() {
     return with_type(args.w_type, [&]<DType kOut>() {
-      return has_whole_blocks(args) ? launch(dequantize_kernel<kScale, kOut, true>, blocks, stream, args)
-                                    : launch(dequantize_kernel<kScale, kOut, false>, blocks, stream, args);
+      const auto kernel =
+          has_whole_blocks(args)
+              ? (fragments ? dequantize_fragments_kernel<kScale, kOut, true> : dequantize_kernel<kScale, kOut, true>)
+              : (fragments ? dequantize_fragments_kernel<kScale, kOut, false> : dequantize_kernel<kScale, kOut, false>);
+      return launch(kernel, blocks, stream, args);
     });
   });
 }

@@ -6,9 +6,13 @@
 #pragma once
 #include <cuda_runtime_api.h>
 
+#include "../core/gram.h"
 #include "../core/layout.h"
+#include "../core/linear.h"
 #include "../core/pack.h"
 #include "../core/quantize.h"
+#include "plan.h"
+#include "search.h"
 
 namespace awq::cuda {
 
@@ -30,5 +34,39 @@ cudaError_t quantize(const core::QuantizeArgs& args, cudaStream_t stream);
 
 /// core::dequantize_rows over all rows, bit for bit (but for the payload of a NaN).
 cudaError_t dequantize(const core::DequantizeArgs& args, cudaStream_t stream);
+
+/// y = bias + the sum of `splits` parts, added in that order; partials [splits][m][n], 16-byte aligned. The last step
+/// of kernels that share k between blocks.
+cudaError_t reduce(const core::LinearArgs& args, const float* partials, int splits, cudaStream_t stream);
+
+/// y = x W^T + bias of a weight in layout fragments, as the plan for it says: y, qweight, qzeros, scales and workspace
+/// (of plan.workspace_bytes, or nullptr) are 16-byte aligned; so is x, and x_stride is a multiple of 8.
+cudaError_t decode(const core::LinearArgs& args, const CudaPlan& plan, void* workspace, cudaStream_t stream);
+cudaError_t gemm_sm80(const core::LinearArgs& args, const CudaPlan& plan, void* workspace, cudaStream_t stream);
+cudaError_t gemm_sm90(const core::LinearArgs& args, const CudaPlan& plan, void* workspace, cudaStream_t stream);
+
+/// w_mean of core::weight_means; its sums in another order.
+cudaError_t weight_means(const MeanArgs& args, cudaStream_t stream);
+
+/// core::scale_candidates. NaN in all candidates if x_mean is not finite and not negative, or w_mean not finite.
+cudaError_t scale_candidates(const CandidateArgs& args, cudaStream_t stream);
+
+/// d and the verdict of each item; losses() then gives what core::scale_losses does, its sums in another order.
+cudaError_t scale_errors(const ScaleErrorArgs& args, cudaStream_t stream);
+cudaError_t losses(const LossArgs& args, cudaStream_t stream);
+
+/// The losses of candidates from those of their rows, and from the losses the scale.
+cudaError_t total_losses(const TotalArgs& args, cudaStream_t stream);
+cudaError_t choose_scale(const TotalArgs& args, cudaStream_t stream);
+
+/// core::clip_rows in steps: start once for all rows; then for some rows at a time and for each pair of steps of the
+/// ends: errors, losses() of them (a batch for each group), choose. A group whose weights or whose block of gram are
+/// not finite gets the range NaN.
+cudaError_t clip_start(const ClipArgs& args, cudaStream_t stream);
+cudaError_t clip_errors(const ClipArgs& args, cudaStream_t stream);
+cudaError_t clip_choose(const ClipArgs& args, cudaStream_t stream);
+
+/// sums[i, j] += sum over t of x[t, i] x[t, j] for j >= i; args.packed is not used.
+cudaError_t add_gram(const core::GramArgs& args, cudaStream_t stream);
 
 }  // namespace awq::cuda

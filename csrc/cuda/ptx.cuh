@@ -9,13 +9,9 @@
 #include <cstdint>
 
 #include "../core/types.h"
+#include "vector.h"
 
 namespace awq::cuda {
-
-/// Sixteen bytes, the most that a thread loads at once.
-struct alignas(16) Vector {
-  std::uint32_t word[4];
-};
 
 /// What the tensor copy engine needs to know of a matrix in global memory: a CUtensorMap, made on the host.
 struct alignas(64) TensorMap {
@@ -175,9 +171,19 @@ AWQ_DEVICE void load_matrices(std::uint32_t (&r)[2], Shared row) {
 // --- asynchronous copies of 16 bytes, sm_80 ------------------------------------------------------------------------------
 
 /// Copies `bytes` (0 .. 16) and fills the rest of the 16 with zeros. `from` is 16-byte aligned even if bytes is 0.
+/// Before sm_80: at once.
 AWQ_DEVICE void copy_async(Shared to, const void* from, int bytes) {
 #if __CUDA_ARCH__ >= 800
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
+#else
+  Vector v{};
+  if (bytes == 16)
+    v = load(static_cast<const Vector*>(from));
+  else
+    for (int i = 0; i < 16; ++i)
+      if (i < bytes)
+        v.word[i / 4] |= std::uint32_t{load(static_cast<const std::uint8_t*>(from) + i)} << (i % 4 * 8);
+  store_shared(to, v);
 #endif
 }
 AWQ_DEVICE void copy_async_commit() {
@@ -361,6 +367,15 @@ AWQ_DEVICE void take_registers() {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kCount));
 #endif
+}
+
+// --- bits ---------------------------------------------------------------------------------------------------------------
+
+/// (bits & mask) | with: one instruction (lop3 with the table of that function), where a compiler may take two.
+AWQ_DEVICE std::uint32_t select_or(std::uint32_t bits, std::uint32_t mask, std::uint32_t with) {
+  std::uint32_t d;
+  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(d) : "r"(bits), "r"(mask), "r"(with));
+  return d;
 }
 
 // --- arithmetic on pairs of 16-bit floats in a word ---------------------------------------------------------------------------------

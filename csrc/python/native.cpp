@@ -61,7 +61,7 @@ py::dict describe(const Codes& codes) {
 
 py::list layouts() {
   constexpr const char* zeros[] = {"none", "words", "words_less_one", "scaled"};
-  constexpr const char* orders[] = {"natural", "marlin", "strips"};
+  constexpr const char* orders[] = {"natural", "marlin", "strips", "fragments"};
   py::list list;
   for (const Layout& layout : awq::core::kLayouts) {
     py::dict entry;

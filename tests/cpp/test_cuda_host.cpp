@@ -72,6 +72,17 @@ void play_dequantize(const core::DequantizeArgs& args) {
         cuda::dequantize_block<kScale, kOut, false>(args, tile, thread);
 }
 
+template <DType kScale, DType kOut>
+void play_dequantize_fragments(const core::DequantizeArgs& args) {
+  const cuda::FragmentTiles tiles{{args.n, args.k}};
+  for (std::int64_t tile = 0; tile < tiles.count(); ++tile)
+    for (int thread = 0; thread < cuda::kThreads; ++thread)
+      if (cuda::has_whole_blocks(args))
+        cuda::dequantize_fragments<kScale, kOut, true>(args, tile, thread);
+      else
+        cuda::dequantize_fragments<kScale, kOut, false>(args, tile, thread);
+}
+
 /// body.operator()<type>() with the run-time type as a template argument.
 template <class Body>
 void with_type(DType type, const Body& body) {
@@ -216,7 +227,8 @@ TEST_CASE("CUDA dequantize equals core's") {
     bool whole;
   };
   for (const Case& c : {Case{8, 8, 8, true}, Case{264, 128, 32, true}, Case{520, 72, 72, true}, Case{24, 576, 64, true},
-                        Case{8, 7, 7, false}, Case{64, 96, 12, false}, Case{272, 70, 35, false}, Case{8, 40, 1, false}})
+                        Case{72, 200, 8, true}, Case{8, 7, 7, false}, Case{64, 96, 12, false}, Case{272, 70, 35, false},
+                        Case{8, 40, 1, false}})
     for (const DType scale_type : kFloatTypes)
       for (const DType w_type : kFloatTypes)
         for (const bool with_zeros : {true, false})
@@ -224,8 +236,9 @@ TEST_CASE("CUDA dequantize equals core's") {
             CAPTURE(c.n, c.k, c.group, int(scale_type), int(w_type), with_zeros, magnitude);
             const std::int64_t groups = c.k / c.group;
             Random random(3);
-            const auto qweight = test::pack(test::gemm_layout(), random.codes(c.n * c.k), c.n, c.k);
-            const auto qzeros = test::pack(test::gemm_layout(), random.codes(c.n * groups), c.n, groups);
+            const auto q = random.codes(c.n * c.k), z = random.codes(c.n * groups);
+            const auto qweight = test::pack(test::gemm_layout(), q, c.n, c.k);
+            const auto qzeros = test::pack(test::gemm_layout(), z, c.n, groups);
             const Array scales(scale_type, groups * c.n, random, 0.0, 4.0 * magnitude);
             const std::int64_t words = (c.n * c.k * core::size_of(w_type) + 15) / 16 * 4;  // whole 16-byte pieces
             // The guard of 64 words keeps the alignment that the allocator gave.
@@ -248,6 +261,21 @@ TEST_CASE("CUDA dequantize equals core's") {
             });
             CHECK(w.values() == expected);
             CHECK(w.guards_hold());
+
+            const auto fragments = test::pack(core::kFragments, q, c.n, c.k);
+            const auto fragment_zeros = test::pack(core::kFragmentZeros, z, c.n, groups);
+            Array ordered(scale_type, groups * c.n);
+            for (std::int64_t g = 0; g < groups; ++g)
+              for (std::int64_t row = 0; row < c.n; ++row)
+                ordered.set(core::fragment_scale(c.n, groups, g, row), scales[g * c.n + row]);
+            Guarded<std::uint32_t> same(words);
+            args.qweight = fragments.data(), args.qzeros = with_zeros ? fragment_zeros.data() : nullptr;
+            args.scales = ordered.data(), args.w = same.data(), args.order = core::Order::fragments;
+            with_type(scale_type, [&]<DType kScale>() {
+              with_type(w_type, [&]<DType kOut>() { play_dequantize_fragments<kScale, kOut>(args); });
+            });
+            CHECK(same.values() == expected);
+            CHECK(same.guards_hold());
           }
 }
 

@@ -56,6 +56,17 @@ TEST_CASE("shapes and single places are those of each format's own packing code"
   CHECK((lies("strips", 64, 16, 33, 8 + 6, 96 + 1, 5) && lies("strips", 64, 16, 31, 7, 31, 7)));
   CHECK((lies("strips.zeros", 64, 3, 32 + 17, 2, 12 + 8, 3) && lies("strips.zeros", 64, 3, 15, 1, 4 + 3, 6)));
 
+  CHECK((same(word_shape(codes_of("fragments"), 72, 80), 2, 2 * 512)));     // [ceil(n/64), 512 ceil(k/64)]
+  CHECK((same(word_shape(codes_of("fragments.zeros"), 72, 5), 2, 5 * 8)));  // [ceil(n/64), 8 groups]
+  // Strip 1, lane 4 * 3 + 2, k 16..31: by the PTX ISA, register a1 of the lane is row 8 + 3, columns 2 * 2 and one
+  // more.
+  CHECK((lies("fragments", 128, 128, 16 + 11, 16 + 4, 128 + 14 * 4 + 1, 1)));
+  CHECK((lies("fragments", 128, 128, 16 + 11, 16 + 5, 128 + 14 * 4 + 1, 5)));
+  CHECK((lies("fragments", 128, 128, 64 + 48, 64 + 8, 3 * 512 + 3 * 128, 2)));  // a2: columns 8 on
+  CHECK((lies("fragments", 128, 128, 64 + 56, 63, 2 * 512 + 3 * 128 + 3 * 4 + 3, 7)));
+  CHECK((lies("fragments.zeros", 128, 3, 64 + 16 + 3, 2, 24 + 16 + 2, 6)));
+  CHECK((lies("fragments.zeros", 128, 3, 64 + 16 + 11, 2, 24 + 16 + 2, 7)));
+
   CHECK((padded_groups(32, 128) == 32 && padded_groups(64, 64) == 64 && padded_groups(1, 128) == 8));
   CHECK((padded_groups(9, 64) == 16 && padded_groups(9, 32) == 32 && padded_groups(8, 16) == 0));
   CHECK((marlin_scale(1, false) == 8 && marlin_scale(64 + 8, false) == 64 + 1));
@@ -91,7 +102,7 @@ TEST_CASE("the table is well formed") {
     CAPTURE(std::string(layout.name));
     CHECK(find_layout(layout.name) == &layout);
     CHECK(!layout.source.empty());
-    CHECK((layout.in_files() || layout.name == "strips"));
+    CHECK((layout.in_files() || layout.name == "strips" || layout.name == "fragments"));
     CHECK(layout.scales_name.empty() == !layout.in_files());
     CHECK(layout.zeros_name.empty() == (layout.zeros == Zeros::none || !layout.in_files()));
   }
@@ -119,6 +130,42 @@ TEST_CASE("scales of strips have a place of their own each, and those of a strip
           const std::int64_t first = column / 32 * 32, place = strip_scale(n, groups, g, column);
           CHECK((place >= first * groups && place < std::min(first + 32, n) * groups));
           CHECK((column == first || place == strip_scale(n, groups, g, column - 1) + 1));
+          seen.insert(place);
+        }
+      CHECK((seen.size() == static_cast<std::size_t>(n * groups) && *seen.rbegin() == n * groups - 1));
+    }
+}
+
+TEST_CASE("the nibbles of a word of fragments are the registers of a lane: q_i = word >> 4 i & 0x000f000f") {
+  const Codes& codes = codes_of("fragments");
+  for (int word = 0; word < 512; ++word)
+    for (int i = 0; i < 4; ++i)
+      for (int high = 0; high < 2; ++high) {
+        // PTX ISA, mma.m16n8k16: row lane / 4 for a0 and a2, + 8 for a1 and a3; column 2 (lane % 4) + the half, + 8 for
+        // a2 and a3.
+        const int lane = word / 4 % 32;
+        const CodeShape code = code_in_tile(codes, 8 * word + i + 4 * high);
+        CHECK(code.n == word / 128 * 16 + lane / 4 + (i == 1 || i == 3 ? 8 : 0));
+        CHECK(code.k == word % 4 * 16 + lane % 4 * 2 + high + (i >= 2 ? 8 : 0));
+      }
+}
+
+TEST_CASE(
+    "scales of fragments have a place of their own each, those of a lane are neighbours, those of a panel together") {
+  for (const std::int64_t n : {8, 16, 24, 64, 72, 120, 136})
+    for (const std::int64_t groups : {1, 3}) {
+      std::set<std::int64_t> seen;
+      for (std::int64_t column = 0; column < n; ++column)
+        for (std::int64_t g = 0; g < groups; ++g) {
+          const std::int64_t first = column / 64 * 64, columns = std::min<std::int64_t>(64, n - first);
+          const std::int64_t place = fragment_scale(n, groups, g, column);
+          CHECK((place >= first * groups + g * columns && place < first * groups + (g + 1) * columns));
+          if (column % 16 < 8 && column + 8 < n) {
+            CHECK(place % 2 == 0);
+            CHECK(fragment_scale(n, groups, g, column + 8) == place + 1);
+          } else if (column % 16 < 8 && column % 8 != 0) {
+            CHECK(place == fragment_scale(n, groups, g, column - 1) + 1);
+          }
           seen.insert(place);
         }
       CHECK((seen.size() == static_cast<std::size_t>(n * groups) && *seen.rbegin() == n * groups - 1));

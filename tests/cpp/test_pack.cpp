@@ -71,54 +71,55 @@ TEST_CASE("every value at every place lands in the nibble that locate names, and
 }
 
 TEST_CASE("pack follows locate for every shape, unpack is its inverse, and padding is 0") {
-  for_levels([&](const Kernels& level) {
-    Random random(2);
-    for (const auto& [name, codes] : test::every_codes())
-      for (const auto [n, k] : kShapes) {
-        if (!can_hold(codes, n, k)) continue;
-        CAPTURE(name, n, k);
-        const auto q = random.codes(n * k);
-        auto words = pack(level, codes, q, n, k);
+  Random random(2);
+  for (const auto& [name, codes] : test::every_codes())
+    for (const auto [n, k] : kShapes) {
+      if (!can_hold(codes, n, k)) continue;
+      CAPTURE(name, n, k);
+      const auto q = random.codes(n * k);
+      const WordShape shape = word_shape(codes, n, k);
+      const CodeShape most = code_shape(codes, shape.rows, shape.cols);
+      std::vector<CodePlace> places;
+      for (std::int64_t row = 0; row < most.n; ++row)
+        for (std::int64_t col = 0; col < most.k; ++col) places.push_back(locate(codes, most.n, most.k, row, col));
+      for_levels([&](const Kernels& level) {
+        const auto words = pack(level, codes, q, n, k);
         int wrong = 0;
-        for (std::int64_t row = 0; row < n; ++row)
-          for (std::int64_t col = 0; col < k; ++col)
-            wrong +=
-                nibble_at(codes, words, locate(codes, n, k, row, col)) != q[static_cast<std::size_t>(row * k + col)];
-        CHECK(wrong == 0);
-        CHECK(unpack(level, codes, words, n, k) == q);
-        const WordShape shape = word_shape(codes, n, k);
-        const CodeShape most = code_shape(codes, shape.rows, shape.cols);
         for (std::int64_t row = 0; row < most.n; ++row)
           for (std::int64_t col = 0; col < most.k; ++col)
-            if (row >= n || col >= k) CHECK(nibble_at(codes, words, locate(codes, most.n, most.k, row, col)) == 0);
-      }
-  });
+            wrong += nibble_at(codes, words, places[static_cast<std::size_t>(row * most.k + col)]) !=
+                     (row < n && col < k ? q[static_cast<std::size_t>(row * k + col)] : 0u);
+        CHECK(wrong == 0);
+        CHECK(unpack(level, codes, words, n, k) == q);
+      });
+    }
 }
 
 TEST_CASE("repack is unpack and pack, whatever stands in the padding") {
   for_levels([&](const Kernels& level) {
     Random random(6);
     for (const auto& [from_name, from] : test::every_codes())
-      for (const auto& [to_name, to] : test::every_codes())
-        for (const auto [n, k] : kShapes) {
-          if (!can_hold(from, n, k) || !can_hold(to, n, k)) continue;
+      for (const auto [n, k] : kShapes) {
+        if (!can_hold(from, n, k)) continue;
+        const auto q = random.codes(n * k);
+        auto words = pack(level, from, q, n, k);
+        const WordShape shape = word_shape(from, n, k);
+        const CodeShape most = code_shape(from, shape.rows, shape.cols);
+        for (std::int64_t row = 0; row < most.n; ++row)
+          for (std::int64_t col = row < n ? k : 0; col < most.k; ++col) {
+            const CodePlace place = locate(from, most.n, most.k, row, col);
+            const std::int64_t nibble = place.word * from.codes_per_word() + place.nibble;
+            words[static_cast<std::size_t>(nibble / 2)] |= static_cast<std::uint8_t>(15 << (nibble % 2 * 4));
+          }
+        for (const auto& [to_name, to] : test::every_codes()) {
+          if (!can_hold(to, n, k)) continue;
           CAPTURE(from_name, to_name, n, k);
-          const auto q = random.codes(n * k);
-          auto words = pack(level, from, q, n, k);
-          const WordShape shape = word_shape(from, n, k);
-          const CodeShape most = code_shape(from, shape.rows, shape.cols);
-          for (std::int64_t row = 0; row < most.n; ++row)
-            for (std::int64_t col = 0; col < most.k; ++col)
-              if (row >= n || col >= k) {
-                const CodePlace place = locate(from, most.n, most.k, row, col);
-                const std::int64_t nibble = place.word * from.codes_per_word() + place.nibble;
-                words[static_cast<std::size_t>(nibble / 2)] |= static_cast<std::uint8_t>(15 << (nibble % 2 * 4));
-              }
           const auto expected = pack(level, to, q, n, k);
           std::vector<std::uint8_t> target(expected.size(), 0xa5);
           level.repack_blocks(from, to, words.data(), target.data(), n, k, 0, block_count(to.outer, n, k));
           CHECK(target == expected);
         }
+      }
   });
 }
 
@@ -193,32 +194,36 @@ TEST_CASE("words and codes may stand at any address") {
   });
 }
 
+namespace {
+
+/// Scales [groups, n] in the order of a layout.
+Array arranged(const Array& scales, Order order, std::int64_t n, std::int64_t groups) {
+  Array result(scales.type(), scales.size());
+  for (std::int64_t g = 0; g < groups; ++g)
+    for (std::int64_t row = 0; row < n; ++row)
+      result.set(order == Order::strips      ? strip_scale(n, groups, g, row)
+                 : order == Order::fragments ? fragment_scale(n, groups, g, row)
+                                             : g * n + row,
+                 scales[g * n + row]);
+  return result;
+}
+
+}  // namespace
+
 TEST_CASE("dequantize is (q - z) * s, in float32, rounded once") {
   struct Case {
     std::int64_t n, k, group;
   };
   Random random(4);
-  for (const Case& c : {Case{8, 4, 4}, Case{24, 96, 32}, Case{72, 128, 64}, Case{8, 130, 130}, Case{136, 65, 13}})
+  for (const Case& c : {Case{8, 4, 4}, Case{24, 96, 32}, Case{72, 128, 64}, Case{8, 130, 130}, Case{136, 65, 13},
+                        Case{200, 264, 24}, Case{64, 576, 16}})
     for (const DType scale_type : test::kFloatTypes)
       for (const DType w_type : test::kFloatTypes)
         for (const bool with_zeros : {true, false}) {
-          CAPTURE(c.n, c.k, c.group, int(scale_type), int(w_type), with_zeros);
           const std::int64_t groups = c.k / c.group;
           const auto q = random.codes(c.n * c.k), z = random.codes(c.n * groups);
-          const auto qweight = test::pack(test::gemm_layout(), q, c.n, c.k);
-          const auto qzeros = test::pack(test::gemm_layout(), z, c.n, groups);
           const Array scales(scale_type, groups * c.n, random, 0.001, 0.1);
-          Array w(w_type, c.n * c.k), expected(w_type, c.n * c.k);
-          const DequantizeArgs args{qweight.data(),
-                                    with_zeros ? qzeros.data() : nullptr,
-                                    scales.data(),
-                                    w.data(),
-                                    c.n,
-                                    c.k,
-                                    c.group,
-                                    scale_type,
-                                    w_type};
-          for (std::int64_t row = 0; row < c.n; row += 8) dequantize_rows(args, row, row + 8);
+          Array expected(w_type, c.n * c.k);
           for (std::int64_t row = 0; row < c.n; ++row)
             for (std::int64_t col = 0; col < c.k; ++col) {
               const std::int64_t g = col / c.group;
@@ -227,11 +232,37 @@ TEST_CASE("dequantize is (q - z) * s, in float32, rounded once") {
               expected.set(row * c.k + col,
                            static_cast<float>(q[static_cast<std::size_t>(row * c.k + col)] - zero) * scale);
             }
-          CHECK(w == expected);
-          Array whole(w_type, c.n * c.k);
-          DequantizeArgs all = args;
-          all.w = whole.data();
-          dequantize_rows(all, 0, c.n);
-          CHECK(whole == expected);
+          for (const std::string name : {"gemm", "strips", "fragments"}) {
+            CAPTURE(c.n, c.k, c.group, int(scale_type), int(w_type), with_zeros, name);
+            const Codes& codes = *find_codes(name);
+            const auto qweight = test::pack(codes, q, c.n, c.k);
+            const auto qzeros = test::pack(*find_codes(name + ".zeros"), z, c.n, groups);
+            const Array ordered = arranged(scales, codes.order, c.n, groups);
+            for_levels([&](const Kernels& level) {
+              Array w(w_type, c.n * c.k), whole(w_type, c.n * c.k);
+              DequantizeArgs args{qweight.data(),
+                                  with_zeros ? qzeros.data() : nullptr,
+                                  ordered.data(),
+                                  w.data(),
+                                  c.n,
+                                  c.k,
+                                  c.group,
+                                  scale_type,
+                                  w_type,
+                                  codes.order};
+              const auto dequantize = name == "gemm" ? level.dequantize_rows : level.dequantize_tiles;
+              for (std::int64_t row = 0; row < c.n; row += args.row_block())
+                dequantize(args, row, std::min(row + args.row_block(), c.n));
+              CHECK(w == expected);
+              args.w = whole.data();
+              dequantize(args, 0, c.n);
+              CHECK(whole == expected);
+            });
+            Array best(w_type, c.n * c.k);
+            dequantize_rows({qweight.data(), with_zeros ? qzeros.data() : nullptr, ordered.data(), best.data(), c.n,
+                             c.k, c.group, scale_type, w_type, codes.order},
+                            0, c.n);
+            CHECK(best == expected);
+          }
         }
 }

@@ -119,12 +119,6 @@ bool fuses([[maybe_unused]] const Kernels& kernels) {
 #endif
 }
 
-int different(const Array& a, const Array& b) {
-  int count = 0;
-  for (std::int64_t i = 0; i < a.size(); ++i) count += a[i] != b[i];
-  return count;
-}
-
 struct Depth {
   std::int64_t k, group;
 };
@@ -307,7 +301,7 @@ TEST_CASE("strips: digits at both ends, codes and zeros at theirs: no sum overfl
     }
 }
 
-TEST_CASE("strips: the reference and dequantize give what they give for layout gemm") {
+TEST_CASE("strips: the reference gives what it gives for layout gemm") {
   Random random(37);
   for (const Shape& shape :
        {Shape{3, 24, 96, 32}, Shape{2, 136, 256, 128}, Shape{1, 40, 37, 37}, Shape{2, 200, 264, 24}})
@@ -325,27 +319,6 @@ TEST_CASE("strips: the reference and dequantize give what they give for layout g
         args.qzeros = zeros ? gemm_zeros.data() : nullptr;
         linear_reference(args, 0, n);
         CHECK(y == expected);
-
-        for (const DType to : test::kFloatTypes) {
-          Array w(to, n * k), same(to, n * k);
-          for_levels([&](const Kernels& kernels) {
-            kernels.dequantize_rows({gemm.data(), args.qzeros, p.scales.data(), w.data(), n, k, group, DType::f16, to},
-                                    0, n);
-            const DequantizeArgs all{p.words.data(),
-                                     zeros ? p.zeros.data() : nullptr,
-                                     p.ordered.data(),
-                                     same.data(),
-                                     n,
-                                     k,
-                                     group,
-                                     DType::f16,
-                                     to,
-                                     true};
-            for (std::int64_t row = 0; row < n; row += all.row_block())
-              kernels.strips_dequantize(all, row, std::min(row + all.row_block(), n));
-            CHECK(different(w, same) == 0);
-          });
-        }
       }
 }
 

@@ -123,12 +123,13 @@ TEST_CASE("threads: dequantize, and words of one layout into those of another") 
   const Problem gemm("gemm", 1, DType::f32, random), strips("strips", 1, DType::f32, random);
   const auto dequantized = [&](const Problem& p, const Kernels& kernels, std::int64_t threads) {
     Array w(DType::f16, kColumns * kDepth);
-    const DequantizeArgs args{p.words.data(), p.zeros.data(), p.scales.data(), w.data(),   kColumns,
-                              kDepth,         kGroup,         DType::f16,      DType::f16, p.strips};
+    const DequantizeArgs args{
+        p.words.data(), p.zeros.data(), p.scales.data(), w.data(),   kColumns,
+        kDepth,         kGroup,         DType::f16,      DType::f16, p.strips ? Order::strips : Order::awq};
     const std::int64_t block = args.row_block();
     in_threads(threads, ceil_div(kColumns, block), [&](auto begin, auto end) {
-      (p.strips ? kernels.strips_dequantize : kernels.dequantize_rows)(args, begin * block,
-                                                                       std::min(end * block, kColumns));
+      (p.strips ? kernels.dequantize_tiles : kernels.dequantize_rows)(args, begin * block,
+                                                                      std::min(end * block, kColumns));
     });
     return w;
   };

@@ -1,0 +1,256 @@
+// The body of gemm_sm80; gemm_sm80.h says how the work is cut.
+//
+// Step after step, x, codes, scales and zeros come by asynchronous copies to a ring of stages in shared memory, some
+// steps ahead of the products. What lies outside the matrices becomes zeros there: of x, because codes beyond k are
+// padding and must add nothing, and of scales, because 0 times what happens to lie there could be NaN. Rows and tokens
+// outside mix with no others; their sums are not stored.
+#pragma once
+#include <cmath>
+
+#include "dequant.cuh"
+#include "gemm_sm80.h"
+#include "reduce.cuh"
+
+namespace awq::cuda {
+
+/// The groups of step after step.
+struct GemmSm80Groups {
+  int of_step;  // groups that a step has: 1, 2 or 4
+  int steps;    // that a group has, at least 1
+  int first;    // group of this step
+  int left;     // steps of it that are to come, with this one
+
+  AWQ_DEVICE GemmSm80Groups(const core::LinearArgs& a, int step)
+      : of_step(gemm_sm80_small_groups(a.k, a.group) ? GemmSm80::kStep / static_cast<int>(a.group) : 1),
+        steps(static_cast<int>(core::ceil_div(a.group, GemmSm80::kStep))),
+        first(step / steps * of_step),
+        left(steps - step % steps) {}
+
+  AWQ_DEVICE void next() {
+    if (--left > 0) return;
+    first += of_step;
+    left = steps;
+  }
+};
+
+/// Copies a block's steps to stages, one after another. Each thread copies the codes that it will unpack itself, and
+/// its share of x, scales and zeros for all.
+template <GemmSm80 kCut>
+class GemmSm80Copies {
+ public:
+  AWQ_DEVICE GemmSm80Copies(const core::LinearArgs& a, std::int64_t row, std::int64_t token, int step)
+      : x_stride_(a.x_stride), groups_(a, step), group_count_(static_cast<int>(a.k) / static_cast<int>(a.group)) {
+    // Eight threads a token, sixteen tokens at a time. Piece c of token i lies at piece c ^ (i % 8), so that eight
+    // tokens' pieces that are read at once lie in distinct banks.
+    const int thread = ptx::thread(), piece = thread % 8, first = thread / 8, k = step * GemmSm80::kStep + 8 * piece;
+    x_ = static_cast<const std::uint16_t*>(a.x) + (token + first) * a.x_stride + k;
+    x_to_ = first * 128 + (piece ^ first % 8) * 16;
+    k_left_ = static_cast<int>(a.k) - k;
+    tokens_left_ = static_cast<int>(a.m - token) - first;
+
+    const std::int64_t panel = row / 64, steps = core::ceil_div(a.k, GemmSm80::kStep);
+    codes_ = a.qweight + (panel * steps + step) * 512 + thread * 4;
+    next_panel_ = row + 64 < a.n ? steps * 512 : 0;
+
+    const int size = core::size_of(a.scale_type);
+    scales_ = share(a.scales, 64 * size, size, a.n, panel, kCut.scales_at());
+    zeros_ = share(a.qzeros, 32, 0, a.n, panel, kCut.zeros_at());
+  }
+
+  AWQ_DEVICE void copy_step(ptx::Shared stage) {
+    const int bytes = k_left_ >= 8 ? 16 : k_left_ > 0 ? 2 * k_left_ : 0;
+    for (int i = 0; i < kCut.tokens; i += 16)
+      ptx::copy_async(stage + x_to_ + i * 128, x_ + i * x_stride_, i < tokens_left_ ? bytes : 0);
+    x_ += GemmSm80::kStep;
+    k_left_ -= GemmSm80::kStep;
+
+    const ptx::Shared codes = stage + kCut.codes_at() + ptx::thread() * 16;
+    ptx::copy_async(codes, codes_, 16);
+    ptx::copy_async(codes + 2048, codes_ + next_panel_, next_panel_ > 0 ? 16 : 0);
+    codes_ += 512;
+
+    copy(stage, scales_);
+    copy(stage, zeros_);
+    groups_.next();
+  }
+
+ private:
+  /// Sixteen bytes of the scales or the zeros of a group in a panel.
+  struct Share {
+    bool has;                   // a thread may have none
+    bool inside;                // the matrix
+    const unsigned char* from;  // those of the first group
+    int pitch;                  // bytes from group to group
+    int group;                  // in a step
+    int to;                     // in a stage
+  };
+
+  /// Of a panel's `line` bytes a group; if it is the last panel, of `column` bytes a column, or of all.
+  AWQ_DEVICE Share share(const void* data, int line, int column, std::int64_t n, std::int64_t panel, int to) {
+    const int pieces = line / 16, i = ptx::thread() / pieces, offset = ptx::thread() % pieces * 16;
+    const int p = i / groups_.of_step, group = i % groups_.of_step;
+    const std::int64_t columns = n - (panel + p) * 64;
+    Share s;
+    s.has = data != nullptr && p < GemmSm80::kPanels;
+    s.pitch = column > 0 && columns < 64 ? static_cast<int>(columns) * column : line;
+    s.inside = columns > 0 && offset < s.pitch;
+    s.from = static_cast<const unsigned char*>(data) + (s.inside ? (panel + p) * group_count_ * line + offset : 0);
+    s.group = group;
+    s.to = to + (p * kCut.groups() + group) * line + offset;
+    return s;
+  }
+
+  AWQ_DEVICE void copy(ptx::Shared stage, const Share& s) {
+    if (!s.has) return;
+    const int g = groups_.first + s.group;
+    const bool inside = s.inside && g < group_count_;
+    ptx::copy_async(stage + s.to, s.from + (inside ? static_cast<std::int64_t>(g) * s.pitch : 0), inside ? 16 : 0);
+  }
+
+  const std::uint16_t* x_;
+  std::int64_t x_stride_, next_panel_;
+  const std::uint32_t* codes_;
+  GemmSm80Groups groups_;
+  int group_count_, x_to_, k_left_, tokens_left_;
+  Share scales_, zeros_;
+};
+
+/// Where a lane finds what it needs in a stage.
+template <GemmSm80 kCut>
+struct GemmSm80Lane {
+  int strip, r, t;  // of each panel; row and pair of columns in matrix fragments
+  int x, codes, zeros;
+  int scale[GemmSm80::kPanels];  // index, of row r; that of row r + 8 comes next
+
+  AWQ_DEVICE GemmSm80Lane(std::int64_t rows_left) {
+    const int thread = ptx::thread(), lane = thread % 32;
+    strip = thread / 32, r = lane / 4, t = lane % 4;
+    // Of load_matrices: eight tokens and the first, then the second eight k; eight more tokens.
+    x = (lane / 16 * 8 + lane % 8) * 128 + (lane / 8 % 2 ^ lane % 8) * 16;
+    codes = kCut.codes_at() + thread * 16;
+    zeros = kCut.zeros_at() + (strip * 8 + r) / 4 * 4;
+    for (int p = 0; p < GemmSm80::kPanels; ++p) {
+      const int first = 64 * p + 16 * strip;
+      scale[p] = p * kCut.groups() * 64 + 16 * strip + (first + 16 <= rows_left ? 2 * r : r);
+    }
+  }
+};
+
+AWQ_DEVICE float load_shared_float(core::DType type, ptx::Shared data, int i) {
+  using core::DType;
+  if (type == DType::f32) return ptx::load_shared<float>(data + 4 * i);
+  const auto bits = ptx::load_shared<std::uint16_t>(data + 2 * i);
+  return type == DType::f16 ? ptx::to_float<DType::f16>(bits) : ptx::to_float<DType::bf16>(bits);
+}
+
+/// Sums of a thread: of each panel, of each eight tokens, a fragment of mma.
+template <int kTokens>
+using GemmSm80Sums = float[GemmSm80::kPanels][kTokens / 8][4];
+
+/// A block's sums -> y, or partials if blocks share k. By way of shared memory, because a lane has single rows of W,
+/// which are neighbours in y.
+template <core::DType kType, GemmSm80 kCut>
+AWQ_DEVICE void gemm_sm80_store(const core::LinearArgs& a, float* partials, std::int64_t row, std::int64_t token,
+                                const GemmSm80Lane<kCut>& lane, ptx::Shared shared,
+                                const GemmSm80Sums<kCut.tokens>& sums) {
+  for (int p = 0; p < GemmSm80::kPanels; ++p)
+    for (int i = 0; i < kCut.tokens / 8; ++i)
+      for (int e = 0; e < 4; ++e)
+        ptx::store_shared(shared + (8 * i + 2 * lane.t + e % 2) * GemmSm80::kSumsPitch +
+                              (64 * p + 16 * lane.strip + lane.r + e / 2 * 8) * 4,
+                          sums[p][i][e]);
+  ptx::sync_threads();
+  const int column = ptx::thread() % 32 * 4;
+  if (row + column >= a.n) return;
+  for (int i = lane.strip; i < kCut.tokens && token + i < a.m; i += GemmSm80::kThreads / 32) {
+    const auto four = ptx::load_shared<Vector>(shared + i * GemmSm80::kSumsPitch + column * 4);
+    if (partials != nullptr) {
+      ptx::store(reinterpret_cast<Vector*>(partials + ((ptx::block_y() * a.m + token + i) * a.n + row + column)), four);
+    } else {
+      float sum[4];
+      for (int e = 0; e < 4; ++e) sum[e] = std::bit_cast<float>(four.word[e]);
+      store_four<kType>(a, token + i, row + column, sum);
+    }
+  }
+}
+
+/// Blocks: x has tiles, those of the same rows of W beside each other, so that a weight comes from memory once; y has
+/// parts of k. `partials` is nullptr if there is one part.
+template <core::DType kType, int kTokens, bool kSmallGroups>
+AWQ_DEVICE void gemm_sm80_body(const core::LinearArgs& a, float* partials) {
+  constexpr GemmSm80 kCut{kTokens, kSmallGroups};
+  constexpr int kPanels = GemmSm80::kPanels, kStages = kCut.stages();
+  const int token_tiles = static_cast<int>(core::ceil_div(a.m, kTokens));
+  const int tile = static_cast<int>(ptx::block_x());
+  const std::int64_t row = std::int64_t{tile / token_tiles} * GemmSm80::kRows;
+  const std::int64_t token = std::int64_t{tile % token_tiles} * kTokens;
+  const int steps = static_cast<int>(core::ceil_div(a.k, GemmSm80::kStep));
+  const int parts = static_cast<int>(ptx::grid_y()), part = static_cast<int>(ptx::block_y());
+  const int longer = steps % parts;  // parts that have a step more than the rest
+  const int begin = steps / parts * part + (part < longer ? part : longer);
+  const int end = begin + steps / parts + (part < longer ? 1 : 0);
+
+  const ptx::Shared ring = ptx::dynamic_shared();
+  GemmSm80Copies<kCut> copies(a, row, token, begin);
+  for (int i = 0; i < kStages - 1; ++i) {
+    if (begin + i < end) copies.copy_step(ring + i * kCut.stage_bytes());
+    ptx::copy_async_commit();
+  }
+
+  const GemmSm80Lane<kCut> lane(a.n - row);
+  GemmSm80Groups groups(a, begin);
+  GemmSm80Sums<kTokens> sums{}, products{};
+  for (int step = begin, at = 0; step < end; ++step) {
+    // This step is there, for all threads; and all have done with the last one, whose stage is the next to fill.
+    ptx::copy_async_wait<kStages - 2>();
+    ptx::sync_threads();
+    const ptx::Shared stage = ring + at * kCut.stage_bytes();
+    if (step + kStages - 1 < end) copies.copy_step(ring + (at == 0 ? kStages - 1 : at - 1) * kCut.stage_bytes());
+    ptx::copy_async_commit();
+    at = at + 1 == kStages ? 0 : at + 1;
+
+    Vector codes[kPanels];
+    for (int p = 0; p < kPanels; ++p) codes[p] = ptx::load_shared<Vector>(stage + lane.codes + p * 2048);
+    ZeroPair zeros[kPanels];
+    for (int j = 0; j < 4; ++j) {  // 16 k each
+      const int g = kSmallGroups ? j * groups.of_step / 4 : 0;
+      if (kSmallGroups || j == 0) {
+        for (int p = 0; p < kPanels; ++p) {
+          const std::uint32_t four =
+              a.qzeros == nullptr ? kSymmetricZeros * 0x01010101u
+                                  : ptx::load_shared<std::uint32_t>(stage + lane.zeros + (p * kCut.groups() + g) * 32);
+          zeros[p] = zero_pair<kType>(four >> (lane.r % 4 * 8) & 0xffu);
+        }
+      }
+      std::uint32_t x[kTokens / 16][4];
+      for (int i = 0; i < kTokens / 16; ++i) ptx::load_matrices(x[i], ((stage + lane.x) ^ (j * 32)) + i * 2048);
+      for (int p = 0; p < kPanels; ++p) {
+        std::uint32_t w[4];
+        dequantize_word<kType>(codes[p].word[j], zeros[p], w);
+        for (int i = 0; i < kTokens / 8; ++i) {
+          const std::uint32_t b[2] = {x[i / 2][i % 2 * 2], x[i / 2][i % 2 * 2 + 1]};
+          ptx::mma<kType>(products[p][i], w, b);
+        }
+      }
+      // At the end of a group, its scales. They may as well be applied to parts of it: when another block has the rest,
+      // and each 16 k of small groups.
+      if (kSmallGroups || (j == 3 && (groups.left == 1 || step + 1 == end))) {
+        for (int p = 0; p < kPanels; ++p) {
+          const int scale = lane.scale[p] + g * 64;
+          const float low = load_shared_float(a.scale_type, stage + kCut.scales_at(), scale);
+          const float high = load_shared_float(a.scale_type, stage + kCut.scales_at(), scale + 1);
+          for (int i = 0; i < kTokens / 8; ++i)
+            for (int e = 0; e < 4; ++e) {
+              sums[p][i][e] = std::fma(products[p][i][e], e < 2 ? low : high, sums[p][i][e]);
+              products[p][i][e] = 0.0f;
+            }
+        }
+      }
+    }
+    groups.next();
+  }
+  ptx::sync_threads();  // all have done with the last step
+  gemm_sm80_store<kType, kCut>(a, partials, row, token, lane, ring, sums);
+}
+
+}  // namespace awq::cuda

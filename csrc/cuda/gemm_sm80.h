@@ -1,0 +1,112 @@
+// How gemm_sm80 cuts its work: y = x W^T for more tokens than decode takes, by mma.sync, which every GPU from sm_80 on
+// has. Pure: nothing of a toolkit.
+//
+// A block makes 128 rows of W (output features) times 32 or 64 tokens. A step of 64 k costs it 128 bytes a token but,
+// with 4 bits a weight, only 36 a row: few tokens and many rows need the least from memory. Each of the four warps has
+// two strips of 16 rows, and all tokens. So a block unpacks a weight once, and a fragment of x that is read from shared
+// memory serves two strips; and registers suffice for two sets of sums: of the group at work, whose products are of
+// whole numbers q - z, and of the groups that are done, times their scales in float32. No weight is ever rounded,
+// whatever the type of scales.
+#pragma once
+#include <limits>
+#include <optional>
+
+#include "../core/layout.h"
+#include "../core/linear.h"
+#include "plan.h"
+
+namespace awq::cuda {
+
+struct GemmSm80 {
+  int tokens;         // of a block: 32 or 64
+  bool small_groups;  // of 16 or 32 k: a step has four or two
+
+  static constexpr int kRows = 128, kStep = 64, kThreads = 128;
+  static constexpr int kPanels = kRows / 64;  // of the layout
+  static constexpr int kBlocks = 2;  // on a multiprocessor at a time, at least: registers and memory are for that
+
+  AWQ_HOST_DEVICE constexpr int groups() const { return small_groups ? 4 : 1; }  // of a step, at most
+
+  // A stage of the ring in shared memory holds a step: x [tokens][64], codes [panel] of 2 KiB, scales
+  // [panel][groups][64] of up to four bytes, zeros [panel][groups] of 32 bytes.
+  AWQ_HOST_DEVICE constexpr int codes_at() const { return tokens * kStep * 2; }
+  AWQ_HOST_DEVICE constexpr int scales_at() const { return codes_at() + kRows * kStep / 2; }
+  AWQ_HOST_DEVICE constexpr int zeros_at() const { return scales_at() + groups() * kRows * 4; }
+  AWQ_HOST_DEVICE constexpr int stage_bytes() const {
+    return static_cast<int>(core::ceil_div(zeros_at() + groups() * kRows / 2, 128)) * 128;  // a row of x is aligned
+  }
+  /// As many as let two blocks share the 100 KiB of sm_86, sm_89 and sm_120, where a block costs one KiB more.
+  AWQ_HOST_DEVICE constexpr int stages() const { return (100 / kBlocks - 1) * 1024 / stage_bytes(); }
+  AWQ_HOST_DEVICE constexpr int shared_bytes() const { return stages() * stage_bytes(); }
+
+  /// At the end the ring holds the sums, [tokens][128] floats, and four more a token, so that what a warp stores at
+  /// once, eight rows of four pairs of tokens, lies in distinct banks.
+  static constexpr int kSumsPitch = (kRows + 4) * 4;
+};
+
+/// Groups of less than a step.
+AWQ_HOST_DEVICE constexpr bool gemm_sm80_small_groups(std::int64_t k, std::int64_t group) {
+  return group != k && group < GemmSm80::kStep;
+}
+
+/// Tokens from which on it pays to dequantize the weight for the matrix product of the vendor's library. Computed, not
+/// measured: the detour writes and reads 2.5 bytes a weight, so a kernel of e times the library's speed wins up to
+///     m = 1.26 F / B * e / (1 - e),  F operations and B bytes a second,
+/// with e = 0.7 on sm_80 (260e12, 1.8e12), 0.8 to 0.9 on those where the matrix units are slow beside everything else,
+/// and 0.5 and 0.3 where mma.sync reaches so much of the newer matrix instructions.
+constexpr std::int64_t gemm_sm80_most_tokens(int arch) {
+  switch (arch / 10) {
+    case 8: return arch == 80 ? 430 : arch == 86 || arch == 87 ? 1000 : 2000;
+    case 9: return 230;
+    case 10:
+    case 11: return 120;
+    default: return 1500;
+  }
+}
+
+/// Whether the kernel can have x and the weight where they lie: it copies 16 bytes at a time.
+inline bool gemm_sm80_aligned(const core::LinearArgs& a) {
+  const auto aligned = [](const void* p, std::uintptr_t bytes) {
+    return reinterpret_cast<std::uintptr_t>(p) % bytes == 0;
+  };
+  return aligned(a.x, 16) && (a.m == 1 || a.x_stride % 8 == 0) && aligned(a.qweight, 16) && aligned(a.scales, 16) &&
+         aligned(a.qzeros, 16) && aligned(a.y, 8);
+}
+
+/// The launch, or nothing if the kernel cannot have the problem.
+constexpr std::optional<CudaPlan> gemm_sm80_plan(const CudaProblem& p, const Gpu& gpu) {
+  // Offsets of tokens, rows and steps within a matrix are ints, offsets of elements are not.
+  constexpr std::int64_t kMost = std::int64_t{1} << 30;
+  if (gpu.arch < 80 || (p.x_type != DType::f16 && p.x_type != DType::bf16)) return std::nullopt;
+  if (p.scale_type == DType::f64 || p.m > kMost || p.n > kMost || p.k > kMost || p.k == 0) return std::nullopt;
+  if (p.group != p.k && p.group != 16 && p.group != 32 && p.group % GemmSm80::kStep != 0) return std::nullopt;
+
+  // Beside the products, of each token, a step unpacks weights, for as long as about 24 tokens' products take.
+  const auto cost = [&](int tokens) { return core::ceil_div(p.m, tokens) * (tokens + 24); };
+  const GemmSm80 cut{cost(32) < cost(64) ? 32 : 64, gemm_sm80_small_groups(p.k, p.group)};
+  if (cut.shared_bytes() > gpu.shared_bytes) return std::nullopt;
+  const std::int64_t tiles = core::ceil_div(p.m, cut.tokens) * core::ceil_div(p.n, GemmSm80::kRows);
+  if (tiles > std::numeric_limits<int>::max()) return std::nullopt;
+
+  // Where tiles are fewer than blocks that can run at a time, blocks share the k of a tile, eight steps each or more.
+  const std::int64_t steps = core::ceil_div(p.k, GemmSm80::kStep),
+                     at_a_time = std::int64_t{GemmSm80::kBlocks} * gpu.sms;
+  const std::int64_t room = at_a_time / tiles, most = steps / 8;
+  const std::int64_t splits = room < most ? room : most;
+
+  CudaPlan plan;
+  plan.kernel = CudaKernel::gemm_sm80;
+  plan.name = "gemm_sm80";
+  plan.tile_n = GemmSm80::kRows;
+  plan.tile_m = cut.tokens;
+  plan.splits = splits > 1 ? static_cast<int>(splits) : 1;
+  plan.stages = cut.stages();
+  plan.grid_x = tiles;
+  plan.grid_y = plan.splits;
+  plan.threads = GemmSm80::kThreads;
+  plan.shared_bytes = cut.shared_bytes();
+  plan.workspace_bytes = plan.splits > 1 ? plan.splits * p.m * p.n * 4 : 0;
+  return plan;
+}
+
+}  // namespace awq::cuda

@@ -1,0 +1,27 @@
+#include <limits>
+
+#include "launch.h"
+#include "reduce.cuh"
+
+namespace awq::cuda {
+namespace {
+
+template <core::DType kType>
+__global__ void __launch_bounds__(kReduceThreads)
+    reduce_kernel(const __grid_constant__ core::LinearArgs args, const float* partials, int splits) {
+  reduce_body<kType>(args, partials, splits);
+}
+
+}  // namespace
+
+cudaError_t reduce(const core::LinearArgs& args, const float* partials, int splits, cudaStream_t stream) {
+  const std::int64_t blocks = core::ceil_div(args.m * args.n, 4 * kReduceThreads);
+  if (blocks == 0) return cudaSuccess;
+  if (blocks > std::numeric_limits<int>::max()) return cudaErrorInvalidValue;
+  const auto kernel =
+      args.x_type == core::DType::f16 ? reduce_kernel<core::DType::f16> : reduce_kernel<core::DType::bf16>;
+  kernel<<<static_cast<unsigned>(blocks), kReduceThreads, 0, stream>>>(args, partials, splits);
+  return cudaGetLastError();
+}
+
+}  // namespace awq::cuda

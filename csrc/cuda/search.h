@@ -1,0 +1,90 @@
+// The searches on a CUDA device: what their kernels, launches, operators and tests share. No toolkit in here.
+#pragma once
+#include <cstdint>
+
+#include "../core/quantize.h"
+#include "../core/search.h"
+
+namespace awq::cuda {
+
+inline constexpr int kProductTile = 128;  // rows and columns of the sums that a block has at a time
+inline constexpr int kProductDepth = 8;   // of one step
+inline constexpr int kGramRows = 256;     // rows of x that are summed before they are added to the sums
+inline constexpr int kMeanRows = 64;      // rows of w that one thread sums up in w_mean
+
+AWQ_HOST_DEVICE constexpr std::int64_t product_tiles(std::int64_t size) {
+  return (size + kProductTile - 1) / kProductTile;
+}
+AWQ_HOST_DEVICE constexpr std::int64_t mean_chunks(std::int64_t n) { return (n + kMeanRows - 1) / kMeanRows; }
+AWQ_HOST_DEVICE constexpr std::int64_t smaller(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
+
+/// core::weight_means.
+struct MeanArgs {
+  const float* w;  // [n, k]
+  std::int64_t n, k, group;
+  float* inverse;  // [n, groups]: 1 / (largest |w| of the group + 1e-6)
+  double* sums;    // [mean_chunks(n), k]
+  float* w_mean;   // [k]
+};
+
+/// core::scale_candidates.
+struct CandidateArgs {
+  const float* x_mean;      // [k]
+  const float* w_mean;      // [k]
+  const std::int64_t* tie;  // [k] or nullptr
+  std::int64_t k, grid, count;
+  double* scales;     // [count, k]; their logarithms where there is a tie
+  double* tied;       // [count, k], or nullptr where there is no tie
+  float* candidates;  // [count, k]
+};
+
+/// Errors of items [first, first + items): item i is row i % n under candidate i / n.
+struct ScaleErrorArgs {
+  const float* w;           // [n, k]
+  const float* candidates;  // [.., k]
+  std::int64_t n, k, group, first, items;
+  core::Rounding to;
+  float* d;        // [items, k]
+  float* verdict;  // [items]: 0, or the loss of an item whose d must not be read: infinity or NaN
+};
+
+/// d G d^T for rows of d, batch after batch; the G of a batch is the next k x k block on the diagonal of a matrix.
+struct LossArgs {
+  const float* d;     // [batches, rows, k]
+  const float* gram;  // rows gram_stride apart
+  std::int64_t batches, rows, k, gram_stride;
+  double* partial;       // [batches, product_tiles(k), rows]
+  const float* verdict;  // [batches, rows] as in ScaleErrorArgs, or nullptr
+  double* loss;          // [batches, rows]
+};
+
+/// losses[c] = sum over rows of row_weight * row_loss; then the candidate with the smallest.
+struct TotalArgs {
+  const double* row_loss;   // [count, n]
+  const float* row_weight;  // [n] or nullptr
+  const float* candidates;  // [count, k]
+  std::int64_t count, n, k;
+  double* losses;  // [count]
+  float* scale;    // [k]
+};
+
+/// One try of core::clip_rows for rows [row, row + rows) of w. Items are numbered group by group, in each row by row,
+/// in each candidate by candidate.
+struct ClipArgs {
+  const float* w;     // [n, k]
+  const float* gram;  // [k, k]
+  std::int64_t n, k, group, row, rows;
+  core::Rounding to;
+  std::int64_t candidates;
+  double lo_step, hi_step;
+  float* poison;       // [k]: 0, or NaN for a row of gram with an entry in its group's block that is not finite
+  float* range;        // [n, groups, 2]: the best so far
+  double* best;        // [n, groups]: its loss
+  float* d;            // [items, group]
+  const double* loss;  // [items]
+
+  AWQ_HOST_DEVICE std::int64_t groups() const { return k / group; }
+  AWQ_HOST_DEVICE std::int64_t items() const { return groups() * rows * candidates; }
+};
+
+}  // namespace awq::cuda

@@ -1,0 +1,153 @@
+// The players: threads in warps in blocks in a cluster, what each waits for, and who is next.
+#pragma once
+#include <array>
+#include <bit>
+#include <cstdint>
+#include <exception>
+#include <memory>
+#include <optional>
+#include <random>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "fiber.h"
+#include "memory.h"
+#include "simt.h"
+
+namespace simt {
+
+inline constexpr int kLanes = 32;
+inline constexpr std::uint32_t kAll = ~0u;
+
+struct Block;
+struct Warp;
+
+/// An instruction at a place in the source. `number` tells instructions apart that differ in it.
+struct Site {
+  const char* what = nullptr;
+  Where where = {};
+  std::int64_t number = 0;
+
+  bool operator==(const Site& other) const;
+  std::string text() const;
+};
+
+/// A copy_async on its way.
+struct ThreadCopy {
+  std::int64_t group;
+  std::uint32_t to;
+  const void* from;
+  int bytes;
+  unsigned char data[16];  // of the source when it began; zeros after it
+  Where where;
+};
+
+struct Thread {
+  int index = 0;  // in its block
+  Block* block = nullptr;
+  Warp* warp = nullptr;
+  Fiber fiber;
+  bool ended = false;
+  Site site;             // where it waits, or waited last
+  void* slot = nullptr;  // its part in a warp's common instruction
+
+  // what it knows of the others
+  std::uint32_t who = 0, now = 1, fenced = 0;
+  Knowledge knowledge;
+
+  std::vector<ThreadCopy> copies;  // in order
+  std::int64_t copy_groups = 0;    // committed
+
+  int lane() const { return index % kLanes; }
+  Epoch epoch() const { return {who, now}; }
+  bool knows(Epoch e) const { return e.who == who || knowledge.seen.knows(e); }
+  bool has_fenced(Epoch e) const { return (e.who == who && fenced >= e.when) || knowledge.fenced.knows(e); }
+  /// Hands on what it has done so far; what it does from now on is new.
+  void tell(Gathering& gathering) {
+    gathering.add(knowledge, epoch(), fenced);
+    ++now;
+  }
+};
+
+struct Warp {
+  Block* block = nullptr;
+  int index = 0;
+  std::array<Thread*, kLanes> lanes{};
+  std::uint32_t ready = 0;  // lanes that can run
+  bool queued = false;
+  std::uint32_t arrived = 0;  // lanes at the common instruction `site`
+  Site site;
+  std::uint32_t who = 0;  // the warp's matrix unit
+
+  template <class Slot>
+  Slot& slot(int lane) {
+    return *static_cast<Slot*>(lanes[static_cast<std::size_t>(lane)]->slot);
+  }
+};
+
+/// A hardware barrier: 0 is sync_threads.
+struct NamedBarrier {
+  int expected = 0, arrived = 0;
+  Site site;
+  std::vector<Warp*> waiting;
+  Gathering gathering;
+};
+
+struct Block {
+  std::int64_t x = 0, y = 0;
+  int rank = 0;
+  std::vector<std::unique_ptr<Thread>> threads;
+  std::vector<Warp> warps;
+  SharedMemory shared;
+  std::array<NamedBarrier, 16> barriers;
+  int ended = 0;
+};
+
+class Machine {
+ public:
+  void run(const Launch& launch, const Options& options, const std::function<void()>& body);
+
+  Launch launch;
+  Options options;
+  std::vector<std::unique_ptr<Block>> blocks;  // of the cluster
+  std::uint32_t parties = 0;                   // in clocks
+
+  void ready(Thread& t);
+  void ready(Warp& w);
+  /// Lets others run until somebody says that the current thread is ready.
+  void wait(const Site& site);
+  std::uint64_t random(std::uint64_t below);
+  std::string describe(std::uint32_t who) const;
+
+ private:
+  Thread* pick();
+  Fiber* play(Thread& t, const std::function<void()>& body);
+  void start_cluster(std::int64_t x, std::int64_t y);
+  void run_cluster(const std::function<void()>& body);
+  void end(Thread& t);
+  [[noreturn]] void deadlock();
+
+  std::vector<Warp*> queue_;
+  Warp* turn_ = nullptr;  // the warp whose lanes run now
+  Fiber host_;
+  std::exception_ptr error_;
+  bool abandoning_ = false;
+  std::uint64_t state_ = 0;
+};
+
+inline Machine machine;
+inline Thread* current = nullptr;
+
+/// Throws an Error that begins with the current thread and the place.
+[[noreturn]] void fail(Where where, const std::string& what);
+std::string place(Where where);
+
+/// An instruction of all 32 lanes of a warp: the last one to come does it for all. `slot` is what `action` finds of a
+/// lane; it returns whether the lanes go on.
+void together(const Site& site, void* slot, bool (*action)(Warp&));
+
+void sync_block(int id, int threads, bool wait, Where where);
+void sync_lanes(Where where);
+
+}  // namespace simt

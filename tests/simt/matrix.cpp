@@ -1,0 +1,97 @@
+#include "matrix.h"
+
+#include <cstring>
+#include <utility>
+
+#include "machine.h"
+
+// Several versions of the inner loops, of which the loader takes the one for this CPU.
+#if defined(__x86_64__) && defined(__linux__) && !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
+#define SIMT_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
+#else
+#define SIMT_CLONES
+#endif
+
+namespace simt {
+namespace {
+
+/// half_to_float without branches: the bits where float has them are the value times 2^-112, but for infinity and NaN.
+SIMT_CLONES void halves_to_floats(const std::uint16_t* from, float* to, int count) {
+  for (int i = 0; i < count; ++i) {
+    const std::uint32_t rest = from[i] & 0x7fffu, sign = static_cast<std::uint32_t>(from[i] & 0x8000u) << 16;
+    const std::uint32_t finite = std::bit_cast<std::uint32_t>(std::bit_cast<float>(rest << 13) * 0x1p112f);
+    const std::uint32_t endless = rest << 13 | 0x7f800000u;
+    to[i] = std::bit_cast<float>((rest >= 0x7c00u ? endless : finite) | sign);
+  }
+}
+
+void to_floats(DType type, const std::uint16_t* from, float* to, int count) {
+  if (type == DType::f16) return halves_to_floats(from, to, count);
+  for (int i = 0; i < count; ++i) to[i] = awq::core::bfloat_to_float(from[i]);
+}
+
+/// d [16][8] += a [16][16] b [16][8].
+SIMT_CLONES void multiply(float (&d)[16][8], const float (&a)[16][16], const float (&b)[16][8]) {
+  for (int row = 0; row < 16; ++row)
+    for (int k = 0; k < 16; ++k)
+      for (int col = 0; col < 8; ++col) d[row][col] += a[row][k] * b[k][col];
+}
+
+struct Operands {
+  float* d;
+  const std::uint32_t *a, *b;
+};
+
+template <DType kType>
+bool mma_warp(Warp& w) {
+  std::uint16_t words_a[16][16], words_b[16][8];
+  float a[16][16], b[16][8], d[16][8];
+  for (int lane = 0; lane < kLanes; ++lane) {
+    const int r = lane / 4, t = lane % 4;
+    const auto& x = w.slot<Operands>(lane);
+    for (int i = 0; i < 4; ++i) std::memcpy(&words_a[r + 8 * (i % 2)][2 * t + 8 * (i / 2)], &x.a[i], 4);
+    for (int i = 0; i < 4; ++i)
+      words_b[2 * t + 8 * (i / 2) + i % 2][r] = static_cast<std::uint16_t>(x.b[i / 2] >> (16 * (i % 2)));
+    for (int i = 0; i < 4; ++i) d[r + 8 * (i / 2)][2 * t + i % 2] = x.d[i];
+  }
+  to_floats(kType, &words_a[0][0], &a[0][0], 256);
+  to_floats(kType, &words_b[0][0], &b[0][0], 128);
+  multiply(d, a, b);
+  for (int lane = 0; lane < kLanes; ++lane) {
+    const int r = lane / 4, t = lane % 4;
+    for (int i = 0; i < 4; ++i) w.slot<Operands>(lane).d[i] = d[r + 8 * (i / 2)][2 * t + i % 2];
+  }
+  return true;
+}
+
+struct Rows {
+  std::uint32_t* r;
+  int count;
+  std::uint32_t row;
+};
+
+}  // namespace
+
+void mma(DType type, float* d, const std::uint32_t* a, const std::uint32_t* b, Where where) {
+  Operands mine{d, a, b};
+  together({"mma", where}, &mine, type == DType::f16 ? mma_warp<DType::f16> : mma_warp<DType::bf16>);
+}
+
+void load_matrices(std::uint32_t* r, int count, std::uint32_t row, Where where) {
+  SharedMemory& memory = current->block->shared;
+  memory.check(row, 16, 16, "load_matrices", where);
+  if (current->lane() < 8 * count) note_read(memory, row, 16, "load_matrices", where);
+  Rows mine{r, count, row};
+  together({"load_matrices", where}, &mine, [](Warp& w) {
+    SharedMemory& from = w.block->shared;
+    for (int lane = 0; lane < kLanes; ++lane) {
+      const auto& to = w.slot<Rows>(lane);
+      for (int i = 0; i < to.count; ++i)
+        std::memcpy(&to.r[i], from.data(w.slot<Rows>(8 * i + lane / 4).row + static_cast<std::uint32_t>(lane % 4 * 4)),
+                    4);
+    }
+    return true;
+  });
+}
+
+}  // namespace simt

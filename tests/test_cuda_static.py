@@ -1,0 +1,164 @@
+"""What nvcc makes of each kernel, looked at without a GPU: no register is spilled, the instructions that a kernel is
+built on are there, its main loop converts nothing on the slow unit, and as many blocks fit a multiprocessor as its plan
+counts on. `tests/sass.py` reads the code; a planted bad kernel shows that each check can fail.
+
+AWQ_STATIC_ARCHS="75 80 86 89 90a 100 120" in the environment looks at more than `ARCHS` does; a minute each.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import sass
+from sass import CONVERSION, Cubin, Kernel
+
+pytestmark = [
+    pytest.mark.skipif(sass.nvcc() is None, reason="needs nvcc"),
+    pytest.mark.skipif(
+        sass.binaries() is None,
+        reason="needs cuobjdump and nvdisasm: the toolkit's, or pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm",
+    ),
+]
+
+SOURCES = sass.REPOSITORY / "csrc" / "cuda"
+REGISTERS = 65536  # of a multiprocessor, on every architecture from 7.0 to 12.0
+
+
+@dataclass(frozen=True)
+class Expected:
+    """Of the kernels whose name `kernels` matches."""
+
+    kernels: str
+    archs: tuple[str, ...]
+    needs: dict[str, int] = field(default_factory=dict)  # pattern of an instruction: occurrences in the whole kernel
+    in_main: dict[str, int] = field(default_factory=dict)  # the same within the main loops
+    threads: int = 0  # of a block, and blocks that share a multiprocessor: do the registers suffice?
+    blocks: int = 1
+
+
+# One architecture is enough where the source says the same to all; `kernels.cu` and the others have no main loop of
+# products, and are looked at for spills alone.
+EXPECTED: dict[str, Expected] = {}
+ARCHS = {"kernels": ("90a",), "reduce": ("90a",), "search": ("80",)}
+
+
+def complaints(kernel: Kernel, expected: Expected | None) -> list[str]:
+    """Everything about the kernel that it should not be like."""
+    found = []
+    if kernel.stack or kernel.local or kernel.count(r"(LDL|STL)\b"):
+        accesses = kernel.count(r"(LDL|STL)\b")
+        found.append(f"{kernel.stack} bytes of stack, {kernel.local} of local memory, {accesses} accesses to it")
+    slow = [i.text for i in kernel.main if CONVERSION.match(i.text)]
+    if slow:
+        found.append(f"conversions in the main loop: {slow[:4]}")
+    calls = [i.text for i in kernel.main if re.match(r"CALL\b", i.text)]
+    if calls:
+        found.append(f"calls in the main loop: {calls[:4]}")
+    if expected is not None:
+        for what, code, wanted in (
+            ("", kernel.code, expected.needs),
+            (" in the main loop", kernel.main, expected.in_main),
+        ):
+            for pattern, least in wanted.items():
+                count = sum(bool(re.match(pattern, i.text)) for i in code)
+                if count < least:
+                    found.append(f"{count} of {pattern}{what}, expected {least}")
+        warps = expected.threads // 32 * expected.blocks
+        granted = -(-kernel.registers // 8) * 8 * 32  # a warp gets registers by 256
+        if granted * warps > REGISTERS:
+            found.append(f"{kernel.registers} registers: too many for {expected.blocks} blocks of {expected.threads}")
+    return found
+
+
+@pytest.fixture(scope="session")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path, str], Cubin]:
+    """Each file once for each architecture."""
+    folder, done = tmp_path_factory.mktemp("cubins"), {}
+
+    def get(source: Path, arch: str) -> Cubin:
+        if (source, arch) not in done:
+            done[source, arch] = sass.compile_cubin(source, arch, folder / f"{source.stem}.{arch}.cubin")
+        return done[source, arch]
+
+    return get
+
+
+def cases() -> list[tuple[str, str]]:
+    more = os.environ.get("AWQ_STATIC_ARCHS", "").split()
+    return [
+        (path.stem, arch)
+        for path in sorted(SOURCES.glob("*.cu"))
+        for arch in dict.fromkeys([*ARCHS.get(path.stem, ("80", "90a")), *more])
+    ]
+
+
+@pytest.mark.parametrize(("stem", "arch"), cases())
+def test_kernels(stem: str, arch: str, compiled: Callable[[Path, str], Cubin]) -> None:
+    cubin = compiled(SOURCES / f"{stem}.cu", arch)
+    assert cubin.kernels, "no kernel found"
+    assert cubin.warnings == ""
+    expected = EXPECTED.get(stem)
+    if expected is not None and arch not in expected.archs:
+        expected = None
+    of_interest = [kernel for kernel in cubin.kernels if expected and re.search(expected.kernels, kernel.name)]
+    assert expected is None or of_interest, [kernel.name for kernel in cubin.kernels]
+    found = {k.name: complaints(k, expected if k in of_interest else None) for k in cubin.kernels}
+    assert {name: what for name, what in found.items() if what} == {}
+
+
+PLANTED = """
+template <bool kBad>
+__global__ void __launch_bounds__(1024) spill(const float* x, float* y, int n) {
+  constexpr int kMany = kBad ? 96 : 16;  // all alive at once, since what is volatile stays in order
+  float v[kMany];
+  for (int j = 0; j < n; ++j) {
+#pragma unroll
+    for (int i = 0; i < kMany; ++i) asm volatile("ld.volatile.global.f32 %0, [%1];" : "=f"(v[i]) : "l"(x + j));
+#pragma unroll
+    for (int i = 0; i < kMany; ++i) asm volatile("st.volatile.global.f32 [%0], %1;" ::"l"(y + j), "f"(v[i]));
+  }
+}
+
+template <bool kBad>
+__global__ void convert(const unsigned* x, const float* s, double* y, int n) {
+  float d[4] = {};
+  double sum = 0;
+  for (int i = 0; i < n; ++i) {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%4, %5}, "
+                 "{%0, %1, %2, %3};" : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                 : "r"(x[4 * i]), "r"(x[4 * i + 1]), "r"(x[4 * i + 2]), "r"(x[4 * i + 3]));
+    if (kBad) sum += static_cast<double>(s[i]) * d[0];
+  }
+  y[threadIdx.x] = sum + d[0] + d[1] + d[2] + d[3];
+}
+
+template __global__ void spill<false>(const float*, float*, int);
+template __global__ void convert<false>(const unsigned*, const float*, double*, int);
+template __global__ void spill<true>(const float*, float*, int);
+template __global__ void convert<true>(const unsigned*, const float*, double*, int);
+"""
+
+
+@pytest.mark.parametrize("arch", ["80", "90a"])
+def test_a_planted_kernel_is_caught(arch: str, compiled: Callable[[Path, str], Cubin], tmp_path: Path) -> None:
+    source = tmp_path / f"planted_{arch}.cu"
+    source.write_text(PLANTED)
+    cubin = compiled(source, arch)
+    good, bad = (
+        {name: next(k for k in cubin.kernels if f"{name}ILb{flag}E" in k.symbol) for name in ("spill", "convert")}
+        for flag in (0, 1)
+    )
+    expected = Expected("", (arch,), {r"LDG\.E(\.\w+)*\.128": 1}, {"HMMA": 1}, threads=1024)
+    assert complaints(good["spill"], None) == complaints(good["convert"], None) == []
+    assert [text.split()[1:3] for text in complaints(bad["spill"], None)] == [["bytes", "of"]]
+    assert [text.partition(":")[0] for text in complaints(bad["convert"], None)] == ["conversions in the main loop"]
+    assert good["convert"].loops and not good["spill"].loops
+    missing = complaints(good["spill"], expected)
+    assert len(missing) == 2 and "128" in missing[0] and "HMMA in the main loop" in missing[1]
+    crowded = Expected("", (arch,), threads=1024, blocks=2 + REGISTERS // (good["convert"].registers * 1024))
+    assert "too many" in "".join(complaints(good["convert"], crowded))
