@@ -14,7 +14,7 @@
 namespace awq::cuda {
 
 /// What the tensor copy engine needs to know of a matrix in global memory: a CUtensorMap, made on the host.
-struct alignas(64) TensorMap {
+struct alignas(128) TensorMap {
   std::uint64_t opaque[16];
 };
 
