@@ -240,7 +240,7 @@ AWQ_DEVICE void barrier_wait(Shared barrier, int parity) {
   asm volatile(
       "{\n.reg .pred done;\nwaiting:\n"
       "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
-      "@done bra.uni ready;\nbra.uni waiting;\nready:\n}" ::"r"(barrier),
+      "@done bra ready;\nbra waiting;\nready:\n}" ::"r"(barrier),
       "r"(parity)
       : "memory");
 #endif
