@@ -232,6 +232,60 @@ void check_range(const char* op, const OptionalTensor& range, const Tensor& w, c
   check_same_device(op, w, "w", *range, "range");
 }
 
+void check_gram(const char* op, const Tensor& gram, const Tensor& w) {
+  check_given(op, "gram", gram);
+  expect(op, "gram", gram, {w.size(1), w.size(1)}, "[in_features, in_features]", ScalarType::Float);
+  check_same_device(op, w, "w", gram, "gram");
+}
+
+void check_row_weight(const char* op, const OptionalTensor& row_weight, const Tensor& w) {
+  if (!row_weight) return;
+  expect(op, "row_weight", *row_weight, {w.size(0)}, "[out_features]", ScalarType::Float);
+  check_same_device(op, w, "w", *row_weight, "row_weight");
+}
+
+void check_candidates(const char* op, const Tensor& x_mean, const OptionalTensor& tie, std::int64_t grid,
+                      const Tensor& w) {
+  check_given(op, "x_mean", x_mean);
+  expect(op, "x_mean", x_mean, {w.size(1)}, "[in_features]", ScalarType::Float);
+  check_same_device(op, w, "w", x_mean, "x_mean");
+  check_grid(op, grid);
+  if (!tie) return;
+  expect(op, "tie", *tie, {w.size(1)}, "[in_features]", ScalarType::Long);
+  check_same_device(op, w, "w", *tie, "tie");
+}
+
+void check_scales(const char* op, const Tensor& candidates, const Tensor& w) {
+  check_given(op, "candidates", candidates);
+  const std::int64_t k = w.size(1);
+  STD_TORCH_CHECK(candidates.dim() == 2 && candidates.size(1) == k && candidates.scalar_type() == ScalarType::Float,
+                  "awq_ext::", op, ": candidates must be [candidates, in_features] = [.., ", k, "] float32, got ",
+                  describe(candidates));
+  check_same_device(op, w, "w", candidates, "candidates");
+}
+
+void check_grid(const char* op, std::int64_t grid) {
+  STD_TORCH_CHECK(grid >= 1 && grid <= 1000, "awq_ext::", op, ": grid must be 1..1000, got ", grid);
+}
+
+void check_shrink(const char* op, double max_shrink) {
+  STD_TORCH_CHECK(max_shrink >= 0 && max_shrink < 1, "awq_ext::", op, ": max_shrink must be in [0, 1), got ",
+                  max_shrink);
+}
+
+void check_add_gram(const Tensor& sums, const Tensor& x) {
+  check_given("add_gram", "sums", sums);
+  check_given("add_gram", "x", x);
+  STD_TORCH_CHECK(sums.dim() == 2 && sums.size(0) == sums.size(1) && sums.scalar_type() == ScalarType::Float &&
+                      sums.is_contiguous(),
+                  "awq_ext::add_gram: sums must be a contiguous [in_features, in_features] float32, got ",
+                  describe(sums), sums.is_contiguous() ? "" : ", not contiguous");
+  STD_TORCH_CHECK(x.dim() == 2 && x.size(1) == sums.size(0) && x.scalar_type() == ScalarType::Float,
+                  "awq_ext::add_gram: x must be [.., in_features] = [.., ", sums.size(0), "] float32, got ",
+                  describe(x));
+  check_same_device("add_gram", sums, "sums", x, "x");
+}
+
 const core::Codes& check_packable(const char* op, std::int64_t n, std::int64_t k, const std::string& layout) {
   const core::Codes& codes = codes_of(op, layout);
   STD_TORCH_CHECK(core::can_hold(codes, n, k), "awq_ext::", op, ": layout '", layout,
@@ -265,6 +319,17 @@ void check_same_device(const char* op, const Tensor& first, const char* first_na
                     (first.is_cpu() || first.get_device_index() == other.get_device_index());
   STD_TORCH_CHECK(same, "awq_ext::", op, ": ", other_name, " must be on the device of ", first_name, ", got ",
                   first_name, " ", describe(first), " and ", other_name, " ", describe(other));
+}
+
+/// x as rows of adjacent elements at one stride: itself when its leading dimensions already are, else a copy.
+Tensor as_rows(const Tensor& x, std::int64_t& stride) {
+  const std::int64_t dims = x.dim();
+  stride = dims >= 2 ? x.stride(dims - 2) : x.size(dims - 1);
+  bool rows = x.stride(dims - 1) == 1 || x.size(dims - 1) <= 1;
+  for (std::int64_t i = dims - 3; i >= 0; --i) rows &= x.stride(i) == x.stride(i + 1) * x.size(i + 1);
+  if (rows) return x;
+  stride = x.size(dims - 1);
+  return as_contiguous(x);
 }
 
 std::vector<std::int64_t> output_sizes(const Tensor& x, std::int64_t n) {

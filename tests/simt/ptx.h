@@ -135,6 +135,12 @@ AWQ_DEVICE void copy_async_wait(Where where = Where::current()) {
   simt::copy_async_wait(kPending, where);
 }
 
+// --- bits ----------------------------------------------------------------------------------------------------------------
+
+AWQ_DEVICE std::uint32_t select_or(std::uint32_t bits, std::uint32_t mask, std::uint32_t with) {
+  return (bits & mask) | with;
+}
+
 // --- arithmetic on pairs of 16-bit floats in a word
 // ----------------------------------------------------------------------
 
