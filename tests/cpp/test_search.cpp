@@ -95,7 +95,7 @@ TEST_CASE("quantization_error is what quantize does, with the same bits at every
     for (const DType scale_type : test::kFloatTypes)
       for (const bool zero_point : {true, false})
         for (const double magnitude : {1.0, 1e-6, 3000.0}) {
-          const auto [k, group] = depth;
+          const std::int64_t k = depth.k, group = depth.group;
           const Rounding to{zero_point, scale_type, last_code(2 + random.bits() % 7)};
           CAPTURE(k, group, int(scale_type), zero_point, magnitude, to.last);
           const auto w = random.floats(k, -0.7 * magnitude, magnitude), scale = random.floats(k, 0.25, 4.0);
@@ -271,10 +271,10 @@ TEST_CASE("the chosen clip range is never worse than the whole range, nor than a
   constexpr double max_shrink = 0.5;
   for (const Case& c : {Case{64, 32, 1.0}, Case{128, 64, 4.0}, Case{33, 33, 3.0}, Case{16, 4, 1.0}})
     for (const bool zero_point : {true, false}) {
-      const auto [k, group, outlier] = c;
+      const std::int64_t k = c.k, group = c.group;
       const std::int64_t groups = k / group;
       auto w = random.floats(n * k, -0.4, 0.6);
-      for (std::int64_t i = 0; i < n * k; i += 13) w[static_cast<std::size_t>(i)] *= static_cast<float>(outlier);
+      for (std::int64_t i = 0; i < n * k; i += 13) w[static_cast<std::size_t>(i)] *= static_cast<float>(c.outlier);
       std::fill_n(w.begin(), group, 0.0f);
       for (std::int64_t i = 0; i < group; ++i)
         w[static_cast<std::size_t>(k + i)] = 1.0f + 0.01f * static_cast<float>(i);
@@ -313,7 +313,7 @@ TEST_CASE("the chosen clip range is never worse than the whole range, nor than a
             }
           }
       });
-      if (outlier > 1.0) {
+      if (c.outlier > 1.0) {
         CHECK(narrowed > 0);
       }
     }
