@@ -126,30 +126,43 @@ std::int64_t group_of(const char* op, std::int64_t group_size, std::int64_t k) {
 
 namespace {
 
-/// k is that of x, or -1: the words say it in whole eights only, and group_size -1 not at all.
-WeightShape check_strips(const char* op, const Tensor& qweight, const Tensor& scales, const OptionalTensor& qzeros,
-                         std::int64_t group_size, std::int64_t k) {
-  STD_TORCH_CHECK(qweight.is_cpu(), "awq_ext::", op, ": layout 'strips' is for CPUs, got qweight ", describe(qweight),
-                  "; repack qweight and qzeros to 'gemm' and put scales in its order (layouts.scales_from_strips)");
-  const core::CodeShape most = check_words(op, qweight, "strips");
+/// Layouts strips and fragments. k is that of x, or -1: the words say it in whole tiles only, and group_size -1 not at
+/// all.
+WeightShape check_tiled(const char* op, const Tensor& qweight, const Tensor& scales, const OptionalTensor& qzeros,
+                        std::int64_t group_size, const std::string& layout, std::int64_t k) {
+  const core::Layout& known = *core::find_layout(layout);
+  const core::Codes& codes = known.weight;
+  const bool strips = codes.order == core::Order::strips;
+  STD_TORCH_CHECK(qweight.is_cpu() || !strips, "awq_ext::", op, ": layout 'strips' is for CPUs, got qweight ",
+                  describe(qweight), "; repack qweight and qzeros to 'fragments' or 'gemm', and scales too ",
+                  "(awq_ext.layouts.repack_scales)");
+  const core::CodeShape most = check_words(op, qweight, layout);
   float_type(op, "scales", scales);
   STD_TORCH_CHECK(scales.dim() == 2, "awq_ext::", op, ": scales must be [in_features/group_size, out_features], got ",
                   describe(scales));
   const std::int64_t groups = scales.size(0), n = scales.size(1);
-  const bool possible = core::ceil_div(k, 8) * 8 == most.k && (group_size < 1 || k % group_size == 0);
+  const bool possible =
+      core::ceil_div(k, codes.tile_k) * codes.tile_k == most.k && (group_size < 1 || k % group_size == 0);
   if (k < 0 || !possible) k = group_size > 0 ? groups * group_size : most.k;
   const std::int64_t group = group_of(op, group_size, k);
-  STD_TORCH_CHECK(core::strips_can_have(k, group), "awq_ext::", op,
+  STD_TORCH_CHECK(!strips || core::strips_can_have(k, group), "awq_ext::", op,
                   ": layout 'strips' needs a group_size that is a multiple of 8, or one group; got ", group_size,
                   "; keep layout 'gemm'");
+  STD_TORCH_CHECK(strips || n % core::kCodesPerWord == 0, "awq_ext::", op,
+                  ": layout 'fragments' needs out_features that are a multiple of ", core::kCodesPerWord,
+                  ", got scales ", describe(scales));
   expect_float(op, "scales", scales, {k / group, n}, "[in_features/group_size, out_features]");
   check_same_device(op, qweight, "qweight", scales, "scales");
-  const core::WordShape words = core::word_shape(*core::find_codes("strips"), n, k);
+  const core::WordShape words = core::word_shape(codes, n, k);
   expect(op, "qweight", qweight, {words.rows, words.cols},
-         "the words of [out_features, in_features] in layout 'strips'", ScalarType::Int);
+         strips ? "the words of [out_features, in_features] in layout 'strips'"
+                : "the words of [out_features, in_features] in layout 'fragments'",
+         ScalarType::Int);
   if (qzeros) {
-    const core::WordShape zeros = core::word_shape(*core::find_codes("strips.zeros"), n, groups);
-    expect(op, "qzeros", *qzeros, {zeros.rows, zeros.cols}, "the words of the zeros in layout 'strips.zeros'",
+    const core::WordShape zeros = core::word_shape(known.zero_words, n, groups);
+    expect(op, "qzeros", *qzeros, {zeros.rows, zeros.cols},
+           strips ? "the words of the zeros in layout 'strips.zeros'"
+                  : "the words of the zeros in layout 'fragments.zeros'",
            ScalarType::Int);
     check_same_device(op, qweight, "qweight", *qzeros, "qzeros");
   }
@@ -161,7 +174,8 @@ WeightShape check_strips(const char* op, const Tensor& qweight, const Tensor& sc
 WeightShape check_weight(const char* op, const Tensor& qweight, const Tensor& scales, const OptionalTensor& qzeros,
                          std::int64_t group_size, const std::string& layout, std::int64_t k_of_x) {
   codes_of(op, layout);  // an unknown name is told as such
-  if (layout == "strips") return check_strips(op, qweight, scales, qzeros, group_size, k_of_x);
+  if (layout == "strips" || layout == "fragments")
+    return check_tiled(op, qweight, scales, qzeros, group_size, layout, k_of_x);
   STD_TORCH_CHECK(layout == "gemm", "awq_ext::", op, ": layout '", layout,
                   "' is stored but not computed on; convert the words with awq_ext::repack(src='", layout,
                   "', dst='gemm') first");
@@ -189,6 +203,9 @@ LinearShape check_linear(const Tensor& x, const Tensor& qweight, const Tensor& s
   STD_TORCH_CHECK(x.dim() >= 1 && x.size(x.dim() - 1) == w.k, "awq_ext::linear: x must be [..., in_features] = [..., ",
                   w.k, "], got ", describe(x));
   check_same_device("linear", x, "x", qweight, "qweight");
+  STD_TORCH_CHECK(layout != "fragments" || !x.is_cpu(), "awq_ext::linear: layout 'fragments' is for CUDA, got qweight ",
+                  describe(qweight), "; repack qweight and qzeros to 'strips' or 'gemm', and scales too ",
+                  "(awq_ext.layouts.repack_scales)");
   if (bias) {
     expect_float("linear", "bias", *bias, {w.n}, "[out_features]");
     check_same_device("linear", x, "x", *bias, "bias");

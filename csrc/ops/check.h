@@ -30,7 +30,7 @@ const core::Codes& codes_of(const char* op, const std::string& name);
 /// group_size as the user gives it (-1: the whole of k) -> g; refuses what does not divide k.
 std::int64_t group_of(const char* op, std::int64_t group_size, std::int64_t k);
 
-/// A packed weight in a layout that kernels compute on: gemm, and on a CPU strips.
+/// A packed weight in a layout that is computed on: gemm, fragments, and on a CPU strips.
 struct WeightShape {
   std::int64_t n, k, group, groups;
 };
