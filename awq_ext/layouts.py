@@ -94,7 +94,7 @@ class Layout:
     zeros_optional: bool
     scales_outer: Axis
     groups_padded: bool
-    scales_order: Literal["natural", "marlin", "strips"]
+    scales_order: Literal["natural", "marlin", "strips", "fragments"]
     weight_name: str
     zeros_name: str
     scales_name: str
@@ -179,7 +179,7 @@ def find_codes(name: str) -> Codes | None:
     return layout.zero_words if name.endswith(".zeros") else layout.weight
 
 
-# --- strips ----------------------------------------------------------------------------------------------------------
+# --- layouts of memory alone -----------------------------------------------------------------------------------------
 
 
 def strips_can_have(in_features: int, group_size: int) -> bool:
@@ -188,18 +188,44 @@ def strips_can_have(in_features: int, group_size: int) -> bool:
     return group_size == in_features or group_size % octet == 0
 
 
-def scales_to_strips(scales: Tensor) -> Tensor:
-    """Scales [G, n] as layout gemm has them -> the same elements in the order that layout strips has them, [G, n]."""
-    columns, _ = every_layout()["strips"].weight.tile
-    return torch.cat([strip.flatten() for strip in scales.split(columns, dim=1)]).view(scales.shape)
+def fragments_can_have(in_features: int, group_size: int) -> bool:
+    """Whether CUDA kernels exist for such groups; layout fragments can hold any."""
+    return group_size == in_features or group_size % 16 == 0
 
 
-def scales_from_strips(scales: Tensor) -> Tensor:
-    """The inverse of :func:`scales_to_strips`."""
-    (groups, n), (columns, _) = scales.shape, every_layout()["strips"].weight.tile
-    widths = [min(columns, n - first) for first in range(0, n, columns)]
-    strips = scales.flatten().split([groups * width for width in widths])
-    return torch.cat([strip.view(groups, width) for strip, width in zip(strips, widths, strict=True)], dim=1)
+def repack_scales(scales: Tensor, src: str, dst: str) -> Tensor:
+    """Scales [G, n] in the order that layout ``src`` has them -> the same in that of ``dst``; "gemm" is the natural one.
+
+    For layouts that are computed on: gemm, strips and fragments.
+    """
+    if src == dst:
+        return scales
+    groups, n = scales.shape
+    if src != "gemm":
+        columns = _column_order(n, src, scales.device)
+        panels = scales.flatten().split([groups * width for width in _panels(n, src)])
+        ordered = torch.cat([panel.view(groups, -1) for panel in panels], dim=1)
+        scales = torch.empty_like(ordered)
+        scales[:, columns] = ordered
+    if dst != "gemm":
+        ordered = scales[:, _column_order(n, dst, scales.device)]
+        scales = torch.cat([panel.flatten() for panel in ordered.split(_panels(n, dst), dim=1)]).view(groups, n)
+    return scales.contiguous()
+
+
+def _panels(n: int, layout: str) -> list[int]:
+    """The columns that lie together, group after group: as many as a tile of the weight has, in the last what is left."""
+    columns, _ = every_layout()[layout].weight.tile
+    return [min(columns, n - first) for first in range(0, n, columns)]
+
+
+def _column_order(n: int, layout: str, device: torch.device) -> Tensor:
+    """The column whose scale stands at each place: in fragments 0 8 1 9 .. 7 15 of every whole 16."""
+    columns = torch.arange(n, device=device)
+    if layout == "fragments":
+        whole = n // 16 * 16
+        columns[:whole] = columns[:whole].view(-1, 2, 8).transpose(1, 2).flatten()
+    return columns
 
 
 # --- scales and zeros ------------------------------------------------------------------------------------------------

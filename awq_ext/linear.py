@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from awq_ext import _library, ops
 from awq_ext.functional import linear, resolve_activation
-from awq_ext.layouts import scales_from_strips, scales_to_strips, strips_can_have
+from awq_ext.layouts import find_codes, fragments_can_have, repack_scales, strips_can_have
 
 W_BIT = 4
 PACK = 8  # codes in one int32 word
@@ -22,10 +22,10 @@ class AwqLinear(nn.Module):
 
     * ``qweight`` int32 [k, n/8], ``qzeros`` int32 [G, n/8], ``scales`` float [G, n], ``bias`` float [n] or None.
 
-    In memory the weight is there once. On a CPU it lies in ``layout`` "strips", which the kernels read as fast as
-    memory gives it, and the buffers of the first three names hold that; elsewhere, and with a group size that strips
-    cannot have, in "gemm". The state dict is then made when it is asked for, and does not share memory with the module.
-    :meth:`repack` changes the layout by hand, for those who write to the buffers themselves.
+    In memory the weight is there once, in the ``layout`` that the device's kernels read fastest, and the buffers of the
+    first three names hold that: "strips" on a CPU, "fragments" on CUDA, "gemm" elsewhere and with a group size that
+    those kernels cannot have. The state dict is then made when it is asked for, and does not share memory with the
+    module. :meth:`repack` changes the layout by hand, for those who write to the buffers themselves.
 
     ``activation`` says how exactly a CPU rounds the inputs, see :func:`awq_ext.functional.linear`; None is what
     :func:`awq_ext.set_cpu_activation` says. ``.to(dtype)`` casts scales and bias only. The buffers are uninitialised
@@ -98,13 +98,15 @@ class AwqLinear(nn.Module):
 
     @torch.jit.unused
     def repack(self, layout: str | None = None) -> "AwqLinear":
-        """Hold the weight in ``layout``, "gemm" or "strips"; None: the one for the device that it is on.
+        """Hold the weight in ``layout``, "gemm", "strips" or "fragments"; None: the one for the device that it is on.
 
-        Raises RuntimeError if strips cannot hold this group size, or the weight is not on a CPU.
+        Strips are multiplied on a CPU only, with a group size that they can have, and fragments on CUDA only:
+        elsewhere the layer then raises RuntimeError when it is called.
         """
         if layout is None:
-            tensors = (self.qweight, self.qzeros, self.scales)
-            layout = best_layout(self.group_size, self.in_features, all(t.device.type == "cpu" for t in tensors))
+            devices = {t.device.type for t in (self.qweight, self.qzeros, self.scales)}
+            device = devices.pop() if len(devices) == 1 else "several"  # while a skeleton is being filled
+            layout = best_layout(self.group_size, self.in_features, device)
         if layout != self.layout:
             self.qweight, self.qzeros, self.scales = self._in_layout(layout)
             self.layout = layout
@@ -113,12 +115,9 @@ class AwqLinear(nn.Module):
     def _in_layout(self, layout: str) -> tuple[Tensor, Tensor, Tensor]:
         """qweight, qzeros and scales in a layout."""
         n, k, groups = self.out_features, self.in_features, self.scales.shape[0]
-        qweight = ops.repack(self.qweight, src=self.layout, dst=layout)
-        qzeros = ops.repack(self.qzeros, src=f"{self.layout}.zeros", dst=f"{layout}.zeros")
-        if layout == "strips":
-            return qweight, qzeros, scales_to_strips(self.scales)
-        words = n // PACK  # strips are filled up to 32 columns, and to 8 rows
-        return qweight[:k, :words].contiguous(), qzeros[:groups, :words].contiguous(), scales_from_strips(self.scales)
+        qweight = _repack(self.qweight, self.layout, layout, n, k)
+        qzeros = _repack(self.qzeros, f"{self.layout}.zeros", f"{layout}.zeros", n, groups)
+        return qweight, qzeros, repack_scales(self.scales, self.layout, layout)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -132,8 +131,9 @@ class AwqLinear(nn.Module):
         self.repack()
 
     def _apply(self, fn: Any, recurse: bool = True) -> "AwqLinear":
-        if fn(torch.empty(0, dtype=torch.int32)).device.type != "cpu":
-            self.repack("gemm")
+        device = fn(torch.empty(0, dtype=torch.int32)).device.type
+        if best_layout(self.group_size, self.in_features, device) == "gemm":
+            self.repack("gemm")  # while operators can: they may not know the device that comes
         return super()._apply(fn, recurse).repack()
 
     @classmethod
@@ -171,10 +171,10 @@ class AwqLinear(nn.Module):
         """
         n, k = q.shape
         module = cls(k, n, linear.bias is not None, group_size=k // scales.shape[1], device="meta")
-        module.layout = best_layout(module.group_size, k, q.device.type == "cpu")
+        module.layout = best_layout(module.group_size, k, q.device.type)
         module.qweight = ops.pack(q, layout=module.layout)
         module.qzeros = ops.pack(zeros, layout=f"{module.layout}.zeros")
-        module.scales = scales.t().contiguous() if module.layout == "gemm" else scales_to_strips(scales.t())
+        module.scales = repack_scales(scales.t().contiguous(), "gemm", module.layout)
         module.bias = None if linear.bias is None else linear.bias.detach().to(scales.dtype, copy=True)
         return module.train(linear.training)
 
@@ -192,9 +192,21 @@ class AwqLinear(nn.Module):
         )
 
 
-def best_layout(group_size: int, in_features: int, on_cpu: bool) -> str:
-    """The layout in which a weight is multiplied fastest, "strips" or "gemm"."""
-    return "strips" if on_cpu and strips_can_have(in_features, group_size) else "gemm"
+def _repack(words: Tensor, src: str, dst: str, n: int, k: int) -> Tensor:
+    """The words of codes [n, k] in another layout; what src fills its tiles up with may be more than dst has room for."""
+    codes = find_codes(dst)
+    assert codes is not None
+    rows, cols = codes.word_shape(n, k)
+    return ops.repack(words, src=src, dst=dst)[:rows, :cols].contiguous()
+
+
+def best_layout(group_size: int, in_features: int, device: str) -> str:
+    """The layout in which a weight is multiplied fastest on this type of device."""
+    if device == "cpu" and strips_can_have(in_features, group_size):
+        return "strips"
+    if device == "cuda" and fragments_can_have(in_features, group_size) and _library.CUDA_LIBRARY in _library.loaded():
+        return "fragments"
+    return "gemm"
 
 
 def explain(layer: AwqLinear, m: int, dtype: torch.dtype = torch.float32) -> str:

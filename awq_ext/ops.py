@@ -42,15 +42,17 @@ def linear(
 
     - "gemm": qweight int32 [k, n/8], qzeros int32 [G, n/8];
     - "strips", on a CPU, for a group_size that is a multiple of 8 or k: qweight and qzeros as :func:`pack` and
-      :func:`repack` give them, scales in the order of :func:`awq_ext.layouts.scales_to_strips`.
+      :func:`repack` give them, scales as :func:`awq_ext.layouts.repack_scales` does;
+    - "fragments", on CUDA, for n a multiple of 8: the same.
 
     Without qzeros every zero is 8. Returns [..., n] in x's dtype. Products are accumulated in float32 (float64 for
     float64 x) and rounded once; a row of x with an infinity or a NaN gives a row without finite guarantees and
     touches no other. Codes and zeros may be summed apart, so 15 sum |x| over a group must stay within float32's range.
-    On CUDA the weight is rounded to x's dtype first, and the product is torch's own.
+    On CUDA with layout "gemm", and where no kernel can do better with "fragments" (:func:`awq_ext.explain` tells), the
+    weight is rounded to x's dtype first, and the product is torch's own.
 
     With layout "strips", x is rounded to integers, by one step for every 128 values at most of a row and group, and
-    their products are exact. ``activation`` says how many bits suffice; the other layout always has float32:
+    their products are exact. ``activation`` says how many bits suffice; the other layouts never round x:
 
     - "exact": less is lost than by x's own dtype; 16 bits for float16 and bfloat16, 24 for float32;
     - "int16": 16 bits, for float32 x too;
@@ -76,6 +78,8 @@ def _linear_fake(
     k, n = _check_weight("linear", qweight, scales, qzeros, group_size, layout, k_of_x)
     _check(x.dtype in (*_FLOATS, torch.float64), "linear", "x", "a floating point tensor", x)
     _check(x.dim() >= 1 and x.shape[-1] == k, "linear", "x", f"[..., {k}]", x)
+    if layout == "fragments":
+        _check(x.device.type != "cpu", "linear", "x", "on CUDA for layout 'fragments' (repack it for a CPU)", x)
     if bias is not None:
         _check(bias.dtype in _FLOATS and bias.dim() == 1 and bias.shape[0] == n, "linear", "bias", f"[{n}]", bias)
     torch._check(
@@ -96,8 +100,9 @@ def dequantize(
 ) -> Tensor:
     """The weight W [n, k] in ``dtype`` (float32, float16 or bfloat16; None: that of scales).
 
-    (q - z) * s is computed in float32 and rounded once to ``dtype``. Arguments as for :func:`linear`. For group_size
-    -1 and layout "strips", which stores k in whole eights, W has so many in_features.
+    (q - z) * s is computed in float32 and rounded once to ``dtype``. Arguments as for :func:`linear`, and
+    "fragments" on a CPU too. For group_size -1, W has as many in_features as a layout stores: with "strips" whole
+    eights, with "fragments" whole 64s.
     """
     return _ops.dequantize(qweight, scales, qzeros, group_size=group_size, layout=layout, dtype=dtype)
 
@@ -632,30 +637,34 @@ def _code_shape(op: str, words: Tensor, layout: str) -> tuple[int, int]:
     return shape
 
 
-def _check_strips(
-    op: str, qweight: Tensor, scales: Tensor, qzeros: Tensor | None, group_size: int, k: int | None
+def _check_tiled(
+    op: str, qweight: Tensor, scales: Tensor, qzeros: Tensor | None, group_size: int, layout: str, k: int | None
 ) -> tuple[int, int]:
-    on_cpu = qweight.device.type in ("cpu", "meta")
-    _check(on_cpu, op, "qweight", "on a CPU for layout 'strips' (repack it to 'gemm' for others)", qweight)
-    _, most = _code_shape(op, qweight, "strips")
+    strips = layout == "strips"
+    if strips:
+        _check(
+            qweight.device.type in ("cpu", "meta"), op, "qweight", "on a CPU for layout 'strips' (repack it)", qweight
+        )
+    _, most = _code_shape(op, qweight, layout)
     _check(scales.dtype in _FLOATS and scales.dim() == 2, op, "scales", "a float [in_features/group_size, n]", scales)
     groups, n = scales.shape
-    # The words say k in whole eights only, and group_size -1 not at all: so that of x counts, if it can be.
-    if k is None or -(-k // 8) * 8 != most or (group_size > 0 and k % group_size):
+    # The words say k in whole tiles only, and group_size -1 not at all: so that of x counts, if it can be.
+    tile = _codes(op, layout).tile[1]
+    if k is None or -(-k // tile) * tile != most or (group_size > 0 and k % group_size):
         k = groups * group_size if group_size > 0 else most
     g = _group(op, group_size, k)
     torch._check(
-        strips_can_have(k, g),
+        not strips or strips_can_have(k, g),
         lambda: (
             f"awq_ext::{op}: layout 'strips' needs a group_size that is a multiple of 8, or one group; "
             f"got {group_size}; keep layout 'gemm'"
         ),
     )
     _check(groups == k // g, op, "scales", f"[{k // g}, {n}] float", scales)
+    _check(strips or n % 8 == 0, op, "scales", "of a multiple of 8 out_features for layout 'fragments'", scales)
     for name, words, shape in (("qweight", qweight, (n, k)), ("qzeros", qzeros, (n, groups))):
         if words is not None:
-            codes = _codes(op, "strips" if name == "qweight" else "strips.zeros")
-            rows, cols = codes.word_shape(*shape)
+            rows, cols = _codes(op, layout if name == "qweight" else f"{layout}.zeros").word_shape(*shape)
             words_ok = words.dtype == torch.int32 and words.dim() == 2
             words_ok = words_ok and words.shape[0] == rows and words.shape[1] == cols
             _check(words_ok, op, name, f"[{rows}, {cols}] int32", words)
@@ -672,8 +681,8 @@ def _check_weight(
     k_of_x: int | None = None,
 ) -> tuple[int, int]:
     _codes(op, layout)  # an unknown name is told as such
-    if layout == "strips":
-        return _check_strips(op, qweight, scales, qzeros, group_size, k_of_x)
+    if layout in ("strips", "fragments"):
+        return _check_tiled(op, qweight, scales, qzeros, group_size, layout, k_of_x)
     torch._check(
         layout == "gemm",
         lambda: f"awq_ext::{op}: layout '{layout}' is stored but not computed on; repack it to 'gemm' first",

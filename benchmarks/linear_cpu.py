@@ -28,7 +28,7 @@ from peers.driver import Driver, machine
 from torch import Tensor
 
 from awq_ext import ops
-from awq_ext.layouts import scales_to_strips
+from awq_ext.layouts import repack_scales
 
 SHAPES = ["4096x4096", "11008x4096", "4096x11008", "14336x4096", "32000x4096", "576x1536", "1024x1024"]
 ROWS = [1, 2, 4, 8, 16, 32, 128, 512]
@@ -58,7 +58,11 @@ def ours(weight: Tensor, group_size: int) -> tuple[dict[str, Contestant], int]:
     q, scales, zeros = ops.quantize(weight, group_size=group_size, dtype=torch.float16)
 
     def pack() -> tuple[Tensor, ...]:
-        return ops.pack(q, layout="strips"), scales_to_strips(scales.t()), ops.pack(zeros, layout="strips.zeros")
+        return (
+            ops.pack(q, layout="strips"),
+            repack_scales(scales.t(), "gemm", "strips"),
+            ops.pack(zeros, layout="strips.zeros"),
+        )
 
     packed = pack()
     options: dict[str, Any] = {"group_size": group_size, "layout": "strips"}

@@ -43,7 +43,22 @@ class Expected:
 
 # One architecture is enough where the source says the same to all; `kernels.cu` and the others have no main loop of
 # products, and are looked at for spills alone.
-EXPECTED: dict[str, Expected] = {}
+EXPECTED: dict[str, Expected] = {
+    "gemm_sm80": Expected(
+        "gemm_sm80_kernel",
+        ("80", "86", "89", "90a", "100", "120"),
+        in_main={r"HMMA\.16816\.F32": 32, "LDSM": 8, "LDGSTS": 6, "LDS\\.128": 2},
+        threads=128,
+        blocks=2,
+    ),
+    "gemm_sm90": Expected(
+        "gemm_sm90_kernel",
+        ("90a",),
+        needs={"UBLKCP": 1, "UTMALDG": 1, "USETMAXREG": 2},
+        in_main={r"HGMMA\.64x\d+x16\.F32": 4, r"LDS\.128": 1},
+        threads=384,
+    ),
+}
 ARCHS = {"kernels": ("90a",), "reduce": ("90a",), "search": ("80",)}
 
 
@@ -57,7 +72,7 @@ def complaints(kernel: Kernel, expected: Expected | None) -> list[str]:
     if slow:
         found.append(f"conversions in the main loop: {slow[:4]}")
     calls = [i.text for i in kernel.main if re.match(r"CALL\b", i.text)]
-    if calls:
+    if calls and kernel.count(r"RET\b"):  # without a return it is how ptxas leaves some loops
         found.append(f"calls in the main loop: {calls[:4]}")
     if expected is not None:
         for what, code, wanted in (

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from awq_ext import _library, functional, ops
-from awq_ext.layouts import every_layout, layouts, scales_from_strips, scales_to_strips
+from awq_ext.layouts import every_layout, layouts, repack_scales
 
 F32, F16, BF16, F64 = torch.float32, torch.float16, torch.bfloat16, torch.float64
 SHAPES = [(8, 16, 16), (24, 96, 32), (40, 192, 64), (136, 256, 128), (72, 300, 300), (5, 37, 37), (33, 600, 200)]
@@ -35,7 +35,7 @@ class Strips:
     @staticmethod
     def of(w: Weight) -> Strips:
         words, zeros = (ops.pack(q, layout=layout) for q, layout in ((w.q, "strips"), (w.z, "strips.zeros")))
-        return Strips(words, scales_to_strips(w.s.t()), zeros)
+        return Strips(words, repack_scales(w.s.t(), "gemm", "strips"), zeros)
 
     def arguments(self, group: int, **more: Any) -> dict[str, Any]:
         tensors = {"qweight": self.qweight, "scales": self.scales, "qzeros": self.qzeros}
@@ -64,10 +64,10 @@ def test_the_layout_is_in_no_file() -> None:
 @pytest.mark.parametrize(("n", "groups"), [(8, 1), (32, 3), (40, 2), (96, 4), (100, 1)])
 def test_scales_strip_after_strip(n: int, groups: int) -> None:
     scales = torch.arange(groups * n, dtype=F32).view(groups, n)
-    ordered = scales_to_strips(scales)
+    ordered = repack_scales(scales, "gemm", "strips")
     expected = [g * n + c for first in range(0, n, 32) for g in range(groups) for c in range(first, min(first + 32, n))]
     assert ordered.shape == scales.shape and ordered.flatten().tolist() == expected
-    assert torch.equal(scales_from_strips(ordered), scales)
+    assert torch.equal(repack_scales(ordered, "strips", "gemm"), scales)
 
 
 @pytest.mark.parametrize(("n", "k"), [(8, 8), (32, 16), (40, 24), (136, 200), (5, 13), (300, 264)])

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdint>
 #include <cstring>
 #include <numeric>
 
@@ -59,8 +60,8 @@ constexpr std::int64_t kTiles = kCompensateRows / kLanes;
 static_assert(kTiles * kLanes == kCompensateRows);
 constexpr std::int64_t kRounded = 32;  // columns whose sums are held while they are rounded
 
-// Compilers split vectors that are longer than the instruction set's. Scratch need not be aligned.
-using Lanes = float __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
+// Compilers split vectors that are longer than the instruction set's.
+using Lanes = float __attribute__((vector_size(kLanes * 4), may_alias));
 using Doubles = double __attribute__((vector_size(kLanes * 8)));
 
 /// Sixteen rows. Arrays by column hold one vector per column of the weight.
@@ -245,7 +246,9 @@ AWQ_INLINE void write_tile(const CompensateArgs& a, Tile& tile, std::int64_t row
 AWQ_INLINE std::int64_t compensate(const CompensateArgs& a, std::int64_t begin, std::int64_t end, float* scratch) {
   const std::int64_t groups = a.k / a.group, tiles = (end - begin + kLanes - 1) / kLanes;
   Tile tile[kTiles];
-  auto* next = reinterpret_cast<Lanes*>(scratch);
+  // Compilers use aligned instructions on vectors, whatever address their type is said to allow.
+  const std::uintptr_t last = reinterpret_cast<std::uintptr_t>(scratch) + sizeof(Lanes) - 1;
+  auto* next = reinterpret_cast<Lanes*>(last / sizeof(Lanes) * sizeof(Lanes));
   for (std::int64_t i = 0; i < tiles; ++i) {
     Tile& t = tile[i];
     for (Lanes** part : {&t.w, &t.d, &t.ranked, &t.code}) *part = next, next += a.k;
@@ -310,7 +313,7 @@ AWQ_LEVEL(avx512, __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl"))))
 CompensateRows rows_of([[maybe_unused]] const Kernels& level) {
 #if defined(__x86_64__)
   if (std::strncmp(level.name, "avx512", 6) == 0) return compensate_avx512;
-  if (std::strcmp(level.name, "avx2") == 0) return compensate_avx2;
+  if (std::strncmp(level.name, "avx", 3) == 0) return compensate_avx2;
 #endif
   return compensate_portable;
 }
@@ -318,7 +321,7 @@ CompensateRows rows_of([[maybe_unused]] const Kernels& level) {
 SubtractPanel panel_of([[maybe_unused]] const Kernels& level) {
 #if defined(__x86_64__)
   if (std::strncmp(level.name, "avx512", 6) == 0) return subtract_avx512;
-  if (std::strcmp(level.name, "avx2") == 0) return subtract_avx2;
+  if (std::strncmp(level.name, "avx", 3) == 0) return subtract_avx2;
 #endif
   return subtract_portable;
 }
@@ -331,7 +334,7 @@ void factor_trailing(const Kernels& level, double* a, std::int64_t k, std::int64
 
 std::int64_t compensate_scratch_size(const CompensateArgs& a) {
   const std::int64_t groups = a.k / a.group;
-  return kTiles * kLanes * (4 * a.k + std::max(a.group, kRounded) + 3 * groups);
+  return kTiles * kLanes * (4 * a.k + std::max(a.group, kRounded) + 3 * groups) + kLanes;  // to align it
 }
 
 std::int64_t compensate_rows(const Kernels& level, const CompensateArgs& a, std::int64_t begin, std::int64_t end,

@@ -21,6 +21,7 @@ const CpuFeatures& cpu_features() {
     unsigned a = 0, b = 0, c = 0, d = 0;
     const bool f16c = __get_cpuid(1, &a, &b, &c, &d) != 0 && (c & bit_F16C) != 0;  // older clangs do not know its name
     f.avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && f16c;
+    f.avx_vnni = f.avx2 && __get_cpuid_count(7, 1, &a, &b, &c, &d) != 0 && (a & (1u << 4)) != 0;
     f.avx512 = f.avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
     f.avx512_vnni = f.avx512 && __builtin_cpu_supports("avx512vnni");
@@ -38,13 +39,14 @@ const CpuFeatures& cpu_features() {
 }
 
 const Kernels* const* all_kernels() {
-  static const std::array<const Kernels*, 6> levels = [] {
-    std::array<const Kernels*, 6> list{};
+  static const std::array<const Kernels*, 7> levels = [] {
+    std::array<const Kernels*, 7> list{};
     std::size_t count = 0;
 #if defined(__x86_64__)
     if (cpu_features().avx512_bf16) list[count++] = &avx512_bf16_kernels();
     if (cpu_features().avx512_vnni) list[count++] = &avx512_vnni_kernels();
     if (cpu_features().avx512) list[count++] = &avx512_kernels();
+    if (cpu_features().avx_vnni) list[count++] = &avx_vnni_kernels();
     if (cpu_features().avx2) list[count++] = &avx2_kernels();
 #elif defined(__aarch64__)
     if (cpu_features().neon_dotprod) list[count++] = &neon_dotprod_kernels();

@@ -5,8 +5,9 @@
 namespace awq::core {
 
 struct CpuFeatures {
-  bool avx2 = false;    // AVX2, FMA and F16C
-  bool avx512 = false;  // F, BW, DQ, VL
+  bool avx2 = false;      // AVX2, FMA and F16C
+  bool avx_vnni = false;  // with avx2: VPDPBUSD for its vectors, as laptops have it that lack AVX-512
+  bool avx512 = false;    // F, BW, DQ, VL
   bool avx512_vnni = false;
   bool avx512_bf16 = false;   // with avx512_vnni
   bool neon_dotprod = false;  // of Arm: SDOT, optional in ARMv8.2

@@ -23,7 +23,7 @@ struct LinearWork {
 };
 
 struct Kernels {
-  const char* name;    // "portable", "avx2", "avx512", "avx512_vnni", "avx512_bf16", "neon_dotprod"
+  const char* name;    // "portable", "avx2", "avx_vnni", "avx512", "avx512_vnni", "avx512_bf16", "neon_dotprod"
   std::int64_t strip;  // output columns that a linear kernel handles together, a multiple of eight
   std::int64_t panel;  // columns of a packed triangle that gram_loss handles together
 
@@ -89,6 +89,7 @@ void pack_triangle(const float* gram, std::int64_t stride, std::int64_t k, std::
 const Kernels& portable_kernels();
 #if defined(__x86_64__)
 const Kernels& avx2_kernels();
+const Kernels& avx_vnni_kernels();
 const Kernels& avx512_kernels();
 const Kernels& avx512_vnni_kernels();
 const Kernels& avx512_bf16_kernels();

@@ -85,16 +85,16 @@ std::int64_t scale_scratch_size(const SearchArgs& a) { return kSearchRows * padd
 void scale_losses(const SearchArgs& a, const float* triangle, const float* candidate, const float* inv_candidate,
                   std::int64_t begin, std::int64_t end, float* scratch, double* loss) noexcept {
   const std::int64_t ld = padded(a.k, a.kernels->panel);
-  bool finite = true;
+  bool finite[kSearchRows];
   for (std::int64_t row = begin; row < end; ++row) {
     float* d = scratch + (row - begin) * ld;
-    finite &= a.kernels->quantization_error(a.w + row * a.k, candidate, inv_candidate, d, a.k, a.group, a.to);
-    std::fill(d + a.k, d + ld, 0.0f);
+    finite[row - begin] =
+        a.kernels->quantization_error(a.w + row * a.k, candidate, inv_candidate, d, a.k, a.group, a.to);
+    std::fill(finite[row - begin] ? d + a.k : d, d + ld, 0.0f);
   }
-  if (finite)
-    a.kernels->gram_loss(scratch, end - begin, triangle, a.k, loss);
-  else
-    std::fill(loss, loss + (end - begin), std::numeric_limits<double>::infinity());
+  a.kernels->gram_loss(scratch, end - begin, triangle, a.k, loss);
+  for (std::int64_t row = begin; row < end; ++row)
+    if (!finite[row - begin]) loss[row - begin] = std::numeric_limits<double>::infinity();
 }
 
 std::int64_t clip_scratch_size(const SearchArgs& a, std::int64_t grid) {

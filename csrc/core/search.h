@@ -31,7 +31,7 @@ std::int64_t scale_scratch_size(const SearchArgs& args);
 std::int64_t clip_scratch_size(const SearchArgs& args, std::int64_t grid);
 
 /// loss[r - begin] for rows [begin, end) (at most kSearchRows) under one candidate; triangle: all of G packed.
-/// Infinity where a group's scale is not finite.
+/// Infinity for a row of which a group's scale is not finite.
 void scale_losses(const SearchArgs& args, const float* triangle, const float* candidate, const float* inv_candidate,
                   std::int64_t begin, std::int64_t end, float* scratch, double* loss) noexcept;
 

@@ -117,15 +117,24 @@ inline constexpr int kChains = kRows == 1 ? 2 : 1;
 template <int kSums>
 inline __attribute__((always_inline)) void dot(Ints (&sum)[kSums], Words low, Words x0, Words high, Words x1) {
 #if defined(__AVX512VNNI__) && defined(__clang__)
-  const auto add = [](Ints& to, Words codes, Words x) {
-    to = reinterpret_cast<Ints>(_mm512_dpbusd_epi32(reinterpret_cast<__m512i>(to), reinterpret_cast<__m512i>(codes),
-                                                    reinterpret_cast<__m512i>(x)));
-  };
-  add(sum[0], low, x0), add(sum[kSums - 1], high, x1);
+  sum[0] = reinterpret_cast<Ints>(_mm512_dpbusd_epi32(reinterpret_cast<__m512i>(sum[0]), reinterpret_cast<__m512i>(low),
+                                                      reinterpret_cast<__m512i>(x0)));
+  Ints& last = sum[kSums - 1];
+  last = reinterpret_cast<Ints>(_mm512_dpbusd_epi32(reinterpret_cast<__m512i>(last), reinterpret_cast<__m512i>(high),
+                                                    reinterpret_cast<__m512i>(x1)));
 #elif defined(__AVX512VNNI__)
-  // g++ 12 surrounds the intrinsic with copies of the sums.
+  // g++ 12 surrounds the intrinsics with copies of the sums.
   asm("vpdpbusd %2, %1, %0" : "+v"(sum[0]) : "v"(low), "v"(x0));
   asm("vpdpbusd %2, %1, %0" : "+v"(sum[kSums - 1]) : "v"(high), "v"(x1));
+#elif defined(__AVXVNNI__) && defined(__clang__)
+  sum[0] = reinterpret_cast<Ints>(_mm256_dpbusd_avx_epi32(
+      reinterpret_cast<__m256i>(sum[0]), reinterpret_cast<__m256i>(low), reinterpret_cast<__m256i>(x0)));
+  Ints& last = sum[kSums - 1];
+  last = reinterpret_cast<Ints>(_mm256_dpbusd_avx_epi32(
+      reinterpret_cast<__m256i>(last), reinterpret_cast<__m256i>(high), reinterpret_cast<__m256i>(x1)));
+#elif defined(__AVXVNNI__)
+  asm("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sum[0]) : "x"(low), "x"(x0));
+  asm("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sum[kSums - 1]) : "x"(high), "x"(x1));
 #elif defined(__AVX512F__)
   // Four products are at most 4 * 15 * 128 < 2^15.
   const __m512i pairs =

@@ -13,23 +13,17 @@
 
 namespace awq::cuda {
 
-/// The groups of step after step.
+/// The groups of step after step, counted in quarters of steps: 16 k, which no two groups share.
 struct GemmSm80Groups {
-  int of_step;  // groups that a step has: 1, 2 or 4
-  int steps;    // that a group has, at least 1
-  int first;    // group of this step
-  int left;     // steps of it that are to come, with this one
+  int size;   // of a group
+  int first;  // the group that the step begins in
+  int left;   // what is left of that group when the step begins
 
   AWQ_DEVICE GemmSm80Groups(const core::LinearArgs& a, int step)
-      : of_step(gemm_sm80_small_groups(a.k, a.group) ? GemmSm80::kStep / static_cast<int>(a.group) : 1),
-        steps(static_cast<int>(core::ceil_div(a.group, GemmSm80::kStep))),
-        first(step / steps * of_step),
-        left(steps - step % steps) {}
+      : size(static_cast<int>(core::ceil_div(a.group, 16))), first(4 * step / size), left(size - 4 * step % size) {}
 
   AWQ_DEVICE void next() {
-    if (--left > 0) return;
-    first += of_step;
-    left = steps;
+    for (left -= 4; left <= 0; left += size) ++first;
   }
 };
 
@@ -88,7 +82,7 @@ class GemmSm80Copies {
   /// Of a panel's `line` bytes a group; if it is the last panel, of `column` bytes a column, or of all.
   AWQ_DEVICE Share share(const void* data, int line, int column, std::int64_t n, std::int64_t panel, int to) {
     const int pieces = line / 16, i = ptx::thread() / pieces, offset = ptx::thread() % pieces * 16;
-    const int p = i / groups_.of_step, group = i % groups_.of_step;
+    const int p = i / kCut.groups(), group = i % kCut.groups();
     const std::int64_t columns = n - (panel + p) * 64;
     Share s;
     s.has = data != nullptr && p < GemmSm80::kPanels;
@@ -210,10 +204,10 @@ AWQ_DEVICE void gemm_sm80_body(const core::LinearArgs& a, float* partials) {
     at = at + 1 == kStages ? 0 : at + 1;
 
     Vector codes[kPanels];
-    for (int p = 0; p < kPanels; ++p) codes[p] = ptx::load_shared<Vector>(stage + lane.codes + p * 2048);
     ZeroPair zeros[kPanels];
-    for (int j = 0; j < 4; ++j) {  // 16 k each
-      const int g = kSmallGroups ? j * groups.of_step / 4 : 0;
+    for (int p = 0; p < kPanels; ++p) codes[p] = ptx::load_shared<Vector>(stage + lane.codes + p * 2048);
+    int g = 0, left = groups.left;  // group of a quarter, in the step; quarters until it ends
+    for (int j = 0; j < 4; ++j) {
       if (kSmallGroups || j == 0) {
         for (int p = 0; p < kPanels; ++p) {
           const std::uint32_t four =
@@ -232,9 +226,10 @@ AWQ_DEVICE void gemm_sm80_body(const core::LinearArgs& a, float* partials) {
           ptx::mma<kType>(products[p][i], w, b);
         }
       }
-      // At the end of a group, its scales. They may as well be applied to parts of it: when another block has the rest,
-      // and each 16 k of small groups.
-      if (kSmallGroups || (j == 3 && (groups.left == 1 || step + 1 == end))) {
+      // Scales come at the end of a group; or before, of a small group when the stage that has them ends, of a large
+      // one when another block has the rest.
+      --left;
+      if (kSmallGroups ? left == 0 || j == 3 : j == 3 && (left <= 0 || step + 1 == end)) {
         for (int p = 0; p < kPanels; ++p) {
           const int scale = lane.scale[p] + g * 64;
           const float low = load_shared_float(a.scale_type, stage + kCut.scales_at(), scale);
@@ -246,6 +241,7 @@ AWQ_DEVICE void gemm_sm80_body(const core::LinearArgs& a, float* partials) {
             }
         }
       }
+      if (kSmallGroups && left == 0) ++g, left = groups.size;
     }
     groups.next();
   }

@@ -19,7 +19,7 @@ namespace awq::cuda {
 
 struct GemmSm80 {
   int tokens;         // of a block: 32 or 64
-  bool small_groups;  // of 16 or 32 k: a step has four or two
+  bool small_groups;  // a step has parts of up to four
 
   static constexpr int kRows = 128, kStep = 64, kThreads = 128;
   static constexpr int kPanels = kRows / 64;  // of the layout
@@ -44,9 +44,9 @@ struct GemmSm80 {
   static constexpr int kSumsPitch = (kRows + 4) * 4;
 };
 
-/// Groups of less than a step.
+/// Whether a step can have parts of several groups: 16, 32, and what is no multiple of a step.
 AWQ_HOST_DEVICE constexpr bool gemm_sm80_small_groups(std::int64_t k, std::int64_t group) {
-  return group != k && group < GemmSm80::kStep;
+  return group != k && group % GemmSm80::kStep != 0;
 }
 
 /// Tokens from which on it pays to dequantize the weight for the matrix product of the vendor's library. Computed, not
@@ -78,8 +78,9 @@ constexpr std::optional<CudaPlan> gemm_sm80_plan(const CudaProblem& p, const Gpu
   // Offsets of tokens, rows and steps within a matrix are ints, offsets of elements are not.
   constexpr std::int64_t kMost = std::int64_t{1} << 30;
   if (gpu.arch < 80 || (p.x_type != DType::f16 && p.x_type != DType::bf16)) return std::nullopt;
-  if (p.scale_type == DType::f64 || p.m > kMost || p.n > kMost || p.k > kMost || p.k == 0) return std::nullopt;
-  if (p.group != p.k && p.group != 16 && p.group != 32 && p.group % GemmSm80::kStep != 0) return std::nullopt;
+  if (p.scale_type == DType::f64 || p.m > kMost || p.n > kMost || p.k > kMost || p.k == 0 || p.n % 8 != 0)
+    return std::nullopt;
+  if (p.group != p.k && p.group % 16 != 0) return std::nullopt;
 
   // Beside the products, of each token, a step unpacks weights, for as long as about 24 tokens' products take.
   const auto cost = [&](int tokens) { return core::ceil_div(p.m, tokens) * (tokens + 24); };
@@ -97,6 +98,7 @@ constexpr std::optional<CudaPlan> gemm_sm80_plan(const CudaProblem& p, const Gpu
   CudaPlan plan;
   plan.kernel = CudaKernel::gemm_sm80;
   plan.name = "gemm_sm80";
+  plan.why = "many rows of x share each weight that is unpacked for mma.sync";
   plan.tile_n = GemmSm80::kRows;
   plan.tile_m = cut.tokens;
   plan.splits = splits > 1 ? static_cast<int>(splits) : 1;

@@ -14,7 +14,7 @@
 namespace awq::cuda {
 
 /// What the tensor copy engine needs to know of a matrix in global memory: a CUtensorMap, made on the host.
-struct alignas(64) TensorMap {
+struct alignas(128) TensorMap {
   std::uint64_t opaque[16];
 };
 
@@ -250,7 +250,7 @@ AWQ_DEVICE void barrier_wait(Shared barrier, int parity) {
   asm volatile(
       "{\n.reg .pred done;\nwaiting:\n"
       "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
-      "@done bra.uni ready;\nbra.uni waiting;\nready:\n}" ::"r"(barrier),
+      "@done bra ready;\nbra waiting;\nready:\n}" ::"r"(barrier),
       "r"(parity)
       : "memory");
 #endif

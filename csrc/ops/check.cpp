@@ -126,30 +126,43 @@ std::int64_t group_of(const char* op, std::int64_t group_size, std::int64_t k) {
 
 namespace {
 
-/// k is that of x, or -1: the words say it in whole eights only, and group_size -1 not at all.
-WeightShape check_strips(const char* op, const Tensor& qweight, const Tensor& scales, const OptionalTensor& qzeros,
-                         std::int64_t group_size, std::int64_t k) {
-  STD_TORCH_CHECK(qweight.is_cpu(), "awq_ext::", op, ": layout 'strips' is for CPUs, got qweight ", describe(qweight),
-                  "; repack qweight and qzeros to 'gemm' and put scales in its order (layouts.scales_from_strips)");
-  const core::CodeShape most = check_words(op, qweight, "strips");
+/// Layouts strips and fragments. k is that of x, or -1: the words say it in whole tiles only, and group_size -1 not at
+/// all.
+WeightShape check_tiled(const char* op, const Tensor& qweight, const Tensor& scales, const OptionalTensor& qzeros,
+                        std::int64_t group_size, const std::string& layout, std::int64_t k) {
+  const core::Layout& known = *core::find_layout(layout);
+  const core::Codes& codes = known.weight;
+  const bool strips = codes.order == core::Order::strips;
+  STD_TORCH_CHECK(qweight.is_cpu() || !strips, "awq_ext::", op, ": layout 'strips' is for CPUs, got qweight ",
+                  describe(qweight), "; repack qweight and qzeros to 'fragments' or 'gemm', and scales too ",
+                  "(awq_ext.layouts.repack_scales)");
+  const core::CodeShape most = check_words(op, qweight, layout);
   float_type(op, "scales", scales);
   STD_TORCH_CHECK(scales.dim() == 2, "awq_ext::", op, ": scales must be [in_features/group_size, out_features], got ",
                   describe(scales));
   const std::int64_t groups = scales.size(0), n = scales.size(1);
-  const bool possible = core::ceil_div(k, 8) * 8 == most.k && (group_size < 1 || k % group_size == 0);
+  const bool possible =
+      core::ceil_div(k, codes.tile_k) * codes.tile_k == most.k && (group_size < 1 || k % group_size == 0);
   if (k < 0 || !possible) k = group_size > 0 ? groups * group_size : most.k;
   const std::int64_t group = group_of(op, group_size, k);
-  STD_TORCH_CHECK(core::strips_can_have(k, group), "awq_ext::", op,
+  STD_TORCH_CHECK(!strips || core::strips_can_have(k, group), "awq_ext::", op,
                   ": layout 'strips' needs a group_size that is a multiple of 8, or one group; got ", group_size,
                   "; keep layout 'gemm'");
+  STD_TORCH_CHECK(strips || n % core::kCodesPerWord == 0, "awq_ext::", op,
+                  ": layout 'fragments' needs out_features that are a multiple of ", core::kCodesPerWord,
+                  ", got scales ", describe(scales));
   expect_float(op, "scales", scales, {k / group, n}, "[in_features/group_size, out_features]");
   check_same_device(op, qweight, "qweight", scales, "scales");
-  const core::WordShape words = core::word_shape(*core::find_codes("strips"), n, k);
+  const core::WordShape words = core::word_shape(codes, n, k);
   expect(op, "qweight", qweight, {words.rows, words.cols},
-         "the words of [out_features, in_features] in layout 'strips'", ScalarType::Int);
+         strips ? "the words of [out_features, in_features] in layout 'strips'"
+                : "the words of [out_features, in_features] in layout 'fragments'",
+         ScalarType::Int);
   if (qzeros) {
-    const core::WordShape zeros = core::word_shape(*core::find_codes("strips.zeros"), n, groups);
-    expect(op, "qzeros", *qzeros, {zeros.rows, zeros.cols}, "the words of the zeros in layout 'strips.zeros'",
+    const core::WordShape zeros = core::word_shape(known.zero_words, n, groups);
+    expect(op, "qzeros", *qzeros, {zeros.rows, zeros.cols},
+           strips ? "the words of the zeros in layout 'strips.zeros'"
+                  : "the words of the zeros in layout 'fragments.zeros'",
            ScalarType::Int);
     check_same_device(op, qweight, "qweight", *qzeros, "qzeros");
   }
@@ -161,7 +174,8 @@ WeightShape check_strips(const char* op, const Tensor& qweight, const Tensor& sc
 WeightShape check_weight(const char* op, const Tensor& qweight, const Tensor& scales, const OptionalTensor& qzeros,
                          std::int64_t group_size, const std::string& layout, std::int64_t k_of_x) {
   codes_of(op, layout);  // an unknown name is told as such
-  if (layout == "strips") return check_strips(op, qweight, scales, qzeros, group_size, k_of_x);
+  if (layout == "strips" || layout == "fragments")
+    return check_tiled(op, qweight, scales, qzeros, group_size, layout, k_of_x);
   STD_TORCH_CHECK(layout == "gemm", "awq_ext::", op, ": layout '", layout,
                   "' is stored but not computed on; convert the words with awq_ext::repack(src='", layout,
                   "', dst='gemm') first");
@@ -189,6 +203,9 @@ LinearShape check_linear(const Tensor& x, const Tensor& qweight, const Tensor& s
   STD_TORCH_CHECK(x.dim() >= 1 && x.size(x.dim() - 1) == w.k, "awq_ext::linear: x must be [..., in_features] = [..., ",
                   w.k, "], got ", describe(x));
   check_same_device("linear", x, "x", qweight, "qweight");
+  STD_TORCH_CHECK(layout != "fragments" || !x.is_cpu(), "awq_ext::linear: layout 'fragments' is for CUDA, got qweight ",
+                  describe(qweight), "; repack qweight and qzeros to 'strips' or 'gemm', and scales too ",
+                  "(awq_ext.layouts.repack_scales)");
   if (bias) {
     expect_float("linear", "bias", *bias, {w.n}, "[out_features]");
     check_same_device("linear", x, "x", *bias, "bias");
@@ -213,6 +230,60 @@ void check_range(const char* op, const OptionalTensor& range, const Tensor& w, c
   expect(op, "range", *range, {shape.n, shape.groups, 2}, "[out_features, in_features/group_size, 2]",
          ScalarType::Float);
   check_same_device(op, w, "w", *range, "range");
+}
+
+void check_gram(const char* op, const Tensor& gram, const Tensor& w) {
+  check_given(op, "gram", gram);
+  expect(op, "gram", gram, {w.size(1), w.size(1)}, "[in_features, in_features]", ScalarType::Float);
+  check_same_device(op, w, "w", gram, "gram");
+}
+
+void check_row_weight(const char* op, const OptionalTensor& row_weight, const Tensor& w) {
+  if (!row_weight) return;
+  expect(op, "row_weight", *row_weight, {w.size(0)}, "[out_features]", ScalarType::Float);
+  check_same_device(op, w, "w", *row_weight, "row_weight");
+}
+
+void check_candidates(const char* op, const Tensor& x_mean, const OptionalTensor& tie, std::int64_t grid,
+                      const Tensor& w) {
+  check_given(op, "x_mean", x_mean);
+  expect(op, "x_mean", x_mean, {w.size(1)}, "[in_features]", ScalarType::Float);
+  check_same_device(op, w, "w", x_mean, "x_mean");
+  check_grid(op, grid);
+  if (!tie) return;
+  expect(op, "tie", *tie, {w.size(1)}, "[in_features]", ScalarType::Long);
+  check_same_device(op, w, "w", *tie, "tie");
+}
+
+void check_scales(const char* op, const Tensor& candidates, const Tensor& w) {
+  check_given(op, "candidates", candidates);
+  const std::int64_t k = w.size(1);
+  STD_TORCH_CHECK(candidates.dim() == 2 && candidates.size(1) == k && candidates.scalar_type() == ScalarType::Float,
+                  "awq_ext::", op, ": candidates must be [candidates, in_features] = [.., ", k, "] float32, got ",
+                  describe(candidates));
+  check_same_device(op, w, "w", candidates, "candidates");
+}
+
+void check_grid(const char* op, std::int64_t grid) {
+  STD_TORCH_CHECK(grid >= 1 && grid <= 1000, "awq_ext::", op, ": grid must be 1..1000, got ", grid);
+}
+
+void check_shrink(const char* op, double max_shrink) {
+  STD_TORCH_CHECK(max_shrink >= 0 && max_shrink < 1, "awq_ext::", op, ": max_shrink must be in [0, 1), got ",
+                  max_shrink);
+}
+
+void check_add_gram(const Tensor& sums, const Tensor& x) {
+  check_given("add_gram", "sums", sums);
+  check_given("add_gram", "x", x);
+  STD_TORCH_CHECK(sums.dim() == 2 && sums.size(0) == sums.size(1) && sums.scalar_type() == ScalarType::Float &&
+                      sums.is_contiguous(),
+                  "awq_ext::add_gram: sums must be a contiguous [in_features, in_features] float32, got ",
+                  describe(sums), sums.is_contiguous() ? "" : ", not contiguous");
+  STD_TORCH_CHECK(x.dim() == 2 && x.size(1) == sums.size(0) && x.scalar_type() == ScalarType::Float,
+                  "awq_ext::add_gram: x must be [.., in_features] = [.., ", sums.size(0), "] float32, got ",
+                  describe(x));
+  check_same_device("add_gram", sums, "sums", x, "x");
 }
 
 const core::Codes& check_packable(const char* op, std::int64_t n, std::int64_t k, const std::string& layout) {
@@ -248,6 +319,17 @@ void check_same_device(const char* op, const Tensor& first, const char* first_na
                     (first.is_cpu() || first.get_device_index() == other.get_device_index());
   STD_TORCH_CHECK(same, "awq_ext::", op, ": ", other_name, " must be on the device of ", first_name, ", got ",
                   first_name, " ", describe(first), " and ", other_name, " ", describe(other));
+}
+
+/// x as rows of adjacent elements at one stride: itself when its leading dimensions already are, else a copy.
+Tensor as_rows(const Tensor& x, std::int64_t& stride) {
+  const std::int64_t dims = x.dim();
+  stride = dims >= 2 ? x.stride(dims - 2) : x.size(dims - 1);
+  bool rows = x.stride(dims - 1) == 1 || x.size(dims - 1) <= 1;
+  for (std::int64_t i = dims - 3; i >= 0; --i) rows &= x.stride(i) == x.stride(i + 1) * x.size(i + 1);
+  if (rows) return x;
+  stride = x.size(dims - 1);
+  return as_contiguous(x);
 }
 
 std::vector<std::int64_t> output_sizes(const Tensor& x, std::int64_t n) {

@@ -30,7 +30,7 @@ const core::Codes& codes_of(const char* op, const std::string& name);
 /// group_size as the user gives it (-1: the whole of k) -> g; refuses what does not divide k.
 std::int64_t group_of(const char* op, std::int64_t group_size, std::int64_t k);
 
-/// A packed weight in a layout that kernels compute on: gemm, and on a CPU strips.
+/// A packed weight in a layout that is computed on: gemm, fragments, and on a CPU strips.
 struct WeightShape {
   std::int64_t n, k, group, groups;
 };
@@ -50,6 +50,16 @@ LinearShape check_linear(const Tensor& x, const Tensor& qweight, const Tensor& s
 WeightShape check_float_weight(const char* op, const Tensor& w, std::int64_t group_size);
 void check_range(const char* op, const OptionalTensor& range, const Tensor& w, const WeightShape& shape);
 
+/// What the searches take besides w: shapes, dtypes and devices. The values are for the device to look at.
+void check_gram(const char* op, const Tensor& gram, const Tensor& w);
+void check_row_weight(const char* op, const OptionalTensor& row_weight, const Tensor& w);
+void check_candidates(const char* op, const Tensor& x_mean, const OptionalTensor& tie, std::int64_t grid,
+                      const Tensor& w);
+void check_scales(const char* op, const Tensor& candidates, const Tensor& w);
+void check_grid(const char* op, std::int64_t grid);
+void check_shrink(const char* op, double max_shrink);
+void check_add_gram(const Tensor& sums, const Tensor& x);
+
 /// q uint8 [n, k] that `layout` can pack; returns how.
 const core::Codes& check_codes(const char* op, const Tensor& q, const std::string& layout);
 /// Words of `layout`; returns the n and k of their codes.
@@ -61,6 +71,9 @@ ScalarType word_type(const core::Codes& codes);
 
 void check_same_device(const char* op, const Tensor& first, const char* first_name, const Tensor& other,
                        const char* other_name);
+
+/// x as rows of adjacent elements at one stride: itself when its leading dimensions already are, else a copy.
+Tensor as_rows(const Tensor& x, std::int64_t& stride);
 
 /// x.sizes() with the last one replaced by n.
 std::vector<std::int64_t> output_sizes(const Tensor& x, std::int64_t n);

@@ -28,17 +28,6 @@ std::int64_t grain(std::int64_t bytes_per_item) {
   return std::max<std::int64_t>(1, kGrainBytes / std::max<std::int64_t>(1, bytes_per_item));
 }
 
-/// x as rows of adjacent elements at one stride: itself when its leading dimensions already are, else a copy.
-Tensor as_rows(const Tensor& x, std::int64_t& stride) {
-  const std::int64_t dims = x.dim();
-  stride = dims >= 2 ? x.stride(dims - 2) : x.size(dims - 1);
-  bool rows = x.stride(dims - 1) == 1 || x.size(dims - 1) <= 1;
-  for (std::int64_t i = dims - 3; i >= 0; --i) rows &= x.stride(i) == x.stride(i + 1) * x.size(i + 1);
-  if (rows) return x;
-  stride = x.size(dims - 1);
-  return as_contiguous(x);
-}
-
 /// Layout strips: rows of x become digits, as many rows at a time as the plan says, and then strips are multiplied.
 void run_strips(const Tensor& x, const core::LinearArgs& args, const core::LinearPlan& plan,
                 const core::Kernels& kernels) {
@@ -262,13 +251,6 @@ void check_finite(const char* op, const char* name, const Tensor& t,
                     " at element ", i);
 }
 
-void check_gram(const char* op, const Tensor& gram, std::int64_t k) {
-  check_given(op, "gram", gram);
-  STD_TORCH_CHECK(gram.dim() == 2 && gram.size(0) == k && gram.size(1) == k && gram.scalar_type() == ScalarType::Float,
-                  "awq_ext::", op, ": gram must be [in_features, in_features] = [", k, ", ", k, "] float32, got ",
-                  describe(gram));
-}
-
 /// Runs body(item, scratch) for items [0, count), each on one thread with that thread's own scratch.
 template <class Body>
 void for_items(const Tensor& like, std::int64_t count, std::int64_t scratch_size, const Body& body) {
@@ -284,12 +266,10 @@ void for_items(const Tensor& like, std::int64_t count, std::int64_t scratch_size
 }
 
 /// The weights of rows float32 [n], checked; none counts every row alike.
-OptionalTensor check_row_weight(const char* op, const OptionalTensor& row_weight, std::int64_t n) {
+OptionalTensor checked_row_weight(const char* op, const OptionalTensor& row_weight, const Tensor& w) {
+  check_row_weight(op, row_weight, w);
   const OptionalTensor weights = contiguous_or_none(row_weight);
-  if (!weights) return weights;
-  STD_TORCH_CHECK(weights->dim() == 1 && weights->size(0) == n && weights->scalar_type() == ScalarType::Float,
-                  "awq_ext::", op, ": row_weight must be [out_features] = [", n, "] float32, got ", describe(*weights));
-  check_finite(op, "row_weight", *weights, 0.0f);
+  if (weights) check_finite(op, "row_weight", *weights, 0.0f);
   return weights;
 }
 
@@ -330,11 +310,8 @@ Tensor losses_of_scales(const core::SearchArgs& args, const Tensor& scales, cons
 Tensor scale_losses(const Tensor& w, const Tensor& candidates, const Tensor& gram, std::int64_t group_size,
                     std::int64_t w_bit, bool zero_point, OptionalTensor row_weight, std::optional<ScalarType> dtype) {
   const auto [n, k, group, groups] = check_float_weight("scale_losses", w, group_size);
-  check_gram("scale_losses", gram, k);
-  check_given("scale_losses", "candidates", candidates);
-  STD_TORCH_CHECK(candidates.dim() == 2 && candidates.size(1) == k && candidates.scalar_type() == ScalarType::Float,
-                  "awq_ext::scale_losses: candidates must be [candidates, in_features] = [.., ", k, "] float32, got ",
-                  describe(candidates));
+  check_gram("scale_losses", gram, w);
+  check_scales("scale_losses", candidates, w);
   const Tensor weight = as_contiguous(torch::stable::to(w, ScalarType::Float)), scales = as_contiguous(candidates);
   const auto* scale = static_cast<const float*>(scales.const_data_ptr());
   for (std::int64_t i = 0; i < scales.numel(); ++i)
@@ -346,22 +323,17 @@ Tensor scale_losses(const Tensor& w, const Tensor& candidates, const Tensor& gra
                               group,
                               check_rounding("scale_losses", w_bit, zero_point, dtype),
                               &core::best_kernels()};
-  return losses_of_scales(args, scales, gram, check_row_weight("scale_losses", row_weight, n));
+  return losses_of_scales(args, scales, gram, checked_row_weight("scale_losses", row_weight, w));
 }
 
 /// The scales that a search tries, [candidates, k].
 Tensor candidates_of(const char* op, const core::SearchArgs& args, const Tensor& w, const Tensor& x_mean,
                      std::int64_t grid, bool duo_scaling, OptionalTensor tie) {
   const std::int64_t k = args.k;
-  check_given(op, "x_mean", x_mean);
-  STD_TORCH_CHECK(x_mean.dim() == 1 && x_mean.size(0) == k && x_mean.scalar_type() == ScalarType::Float,
-                  "awq_ext::", op, ": x_mean must be [in_features] = [", k, "] float32, got ", describe(x_mean));
-  STD_TORCH_CHECK(grid >= 1 && grid <= 1000, "awq_ext::", op, ": grid must be 1..1000, got ", grid);
+  check_candidates(op, x_mean, tie, grid, w);
   const OptionalTensor ties = contiguous_or_none(tie);
   const std::int64_t* tie_data = nullptr;
   if (ties) {
-    STD_TORCH_CHECK(ties->dim() == 1 && ties->size(0) == k && ties->scalar_type() == ScalarType::Long, "awq_ext::", op,
-                    ": tie must be [in_features] = [", k, "] int64, got ", describe(*ties));
     tie_data = static_cast<const std::int64_t*>(ties->const_data_ptr());
     for (std::int64_t i = 0; i < k; ++i)
       STD_TORCH_CHECK(tie_data[i] >= 0 && tie_data[i] < k, "awq_ext::", op, ": tie must hold numbers 0..", k - 1,
@@ -394,8 +366,8 @@ std::tuple<Tensor, Tensor> search_scale(const Tensor& w, const Tensor& x_mean, c
                                         bool duo_scaling, bool zero_point, OptionalTensor tie,
                                         OptionalTensor row_weight, std::optional<ScalarType> dtype) {
   const auto [n, k, group, groups] = check_float_weight("search_scale", w, group_size);
-  check_gram("search_scale", gram, k);
-  const OptionalTensor importance = check_row_weight("search_scale", row_weight, n);
+  check_gram("search_scale", gram, w);
+  const OptionalTensor importance = checked_row_weight("search_scale", row_weight, w);
   const Tensor weight = as_contiguous(torch::stable::to(w, ScalarType::Float));
   const core::SearchArgs args{static_cast<const float*>(weight.const_data_ptr()),
                               n,
@@ -418,10 +390,9 @@ std::tuple<Tensor, Tensor> search_scale(const Tensor& w, const Tensor& x_mean, c
 Tensor search_clip(const Tensor& w, const Tensor& gram, std::int64_t group_size, std::int64_t w_bit, std::int64_t grid,
                    double max_shrink, bool zero_point, std::optional<ScalarType> dtype) {
   const auto [n, k, group, groups] = check_float_weight("search_clip", w, group_size);
-  check_gram("search_clip", gram, k);
-  STD_TORCH_CHECK(grid >= 1 && grid <= 1000, "awq_ext::search_clip: grid must be 1..1000, got ", grid);
-  STD_TORCH_CHECK(max_shrink >= 0 && max_shrink < 1, "awq_ext::search_clip: max_shrink must be in [0, 1), got ",
-                  max_shrink);
+  check_gram("search_clip", gram, w);
+  check_grid("search_clip", grid);
+  check_shrink("search_clip", max_shrink);
   const core::Kernels& kernels = core::best_kernels();
   const Tensor weight = as_contiguous(torch::stable::to(w, ScalarType::Float)), second_moment = as_contiguous(gram);
   check_finite("search_clip", "w", weight);
@@ -450,7 +421,7 @@ std::tuple<Tensor, Tensor, Tensor> quantize_compensated(const Tensor& w, const T
                                                         bool refit_scales, std::optional<ScalarType> dtype) {
   const char* op = "quantize_compensated";
   const auto [n, k, group, groups] = check_float_weight(op, w, group_size);
-  check_gram(op, gram, k);
+  check_gram(op, gram, w);
   check_range(op, range, w, {n, k, group, groups});
   STD_TORCH_CHECK(damping > 0 && damping <= 1, "awq_ext::quantize_compensated: damping must be in (0, 1], got ",
                   damping);
@@ -513,15 +484,8 @@ std::tuple<Tensor, Tensor, Tensor> quantize_compensated(const Tensor& w, const T
 // --- calibration ----------------------------------------------------------------------------------------------------
 
 void add_gram(Tensor sums, const Tensor& x, bool bfloat16) {
-  check_given("add_gram", "sums", sums);
-  check_given("add_gram", "x", x);
-  STD_TORCH_CHECK(sums.dim() == 2 && sums.size(0) == sums.size(1) && sums.scalar_type() == ScalarType::Float &&
-                      sums.is_contiguous(),
-                  "awq_ext::add_gram: sums must be a contiguous [in_features, in_features] float32, got ",
-                  describe(sums), sums.is_contiguous() ? "" : ", not contiguous");
+  check_add_gram(sums, x);
   const std::int64_t k = sums.size(0);
-  STD_TORCH_CHECK(x.dim() == 2 && x.size(1) == k && x.scalar_type() == ScalarType::Float,
-                  "awq_ext::add_gram: x must be [.., in_features] = [.., ", k, "] float32, got ", describe(x));
   if (x.size(0) == 0 || k == 0) return;
   core::GramArgs args{};
   const Tensor rows = as_rows(x, args.x_stride);

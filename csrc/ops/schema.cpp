@@ -9,13 +9,15 @@ STABLE_TORCH_LIBRARY(awq_ext, m) {
   //   layout "gemm": qweight int32 [k, n/8], scales float [G, n], qzeros int32 [G, n/8] (None: every zero is 8)
   //   layout "strips" (CPU only; g a multiple of 8, or k): qweight int32 [ceil(n/32), 32 ceil(k/8)], scales float
   //   [G, n] in their order there (strip_scale of csrc/core/layout.h), qzeros int32 [ceil(n/32), 4 G]
-  //   bias float [n]; activation: how little x may be rounded to, "exact" (its own dtype), "int16" or "int8"
+  //   layout "fragments" (CUDA only; n a multiple of 8): qweight int32 [ceil(n/64), 512 ceil(k/64)], scales float [G,
+  //   n] in their order there (fragment_scale), qzeros int32 [ceil(n/64), 8 G] bias float [n]; activation: how little x
+  //   may be rounded to, "exact" (its own dtype), "int16" or "int8"
   m.def(
       "linear(Tensor x, Tensor qweight, Tensor scales, Tensor? qzeros=None, Tensor? bias=None, *, "
       "int group_size, str layout=\"gemm\", str activation=\"exact\") -> Tensor");
 
-  // W [n, k] in `dtype` (None: the dtype of scales), from the tensors that `linear` takes. Of one group of -1 in
-  // layout strips k is known in whole eights only.
+  // W [n, k] in `dtype` (None: the dtype of scales), from the tensors that `linear` takes, and from layout fragments
+  // on a CPU too. Of one group of -1, k is known in whole eights only in layout strips, and in 64s in fragments.
   m.def(
       "dequantize(Tensor qweight, Tensor scales, Tensor? qzeros=None, *, "
       "int group_size, str layout=\"gemm\", ScalarType? dtype=None) -> Tensor");

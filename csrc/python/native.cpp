@@ -21,6 +21,7 @@ py::dict cpu_features() {
   const awq::core::CpuFeatures& f = awq::core::cpu_features();
   py::dict features;
   features["avx2"] = f.avx2;
+  features["avx_vnni"] = f.avx_vnni;
   features["avx512"] = f.avx512;
   features["avx512_vnni"] = f.avx512_vnni;
   features["avx512_bf16"] = f.avx512_bf16;

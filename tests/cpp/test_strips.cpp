@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "avx_vnni.h"
 #include "catch.hpp"
 #include "core/cpu.h"
 #include "core/kernels.h"
@@ -307,7 +308,7 @@ TEST_CASE("strips: the reference gives what it gives for layout gemm") {
     for (const bool zeros : {true, false})
       for (const DType type : {DType::f64, DType::f32}) {
         const Problem p(shape, {type, DType::f16, DType::f32, zeros}, random, 1);
-        const auto [m, n, k, group] = shape;
+        const std::int64_t m = shape.m, n = shape.n, k = shape.k, group = shape.group;
         CAPTURE(n, k, group, zeros);
         const auto gemm = test::pack(test::gemm_layout(), p.q, n, k);
         const auto gemm_zeros = test::pack(test::gemm_layout(), p.z, n, p.groups);
@@ -347,3 +348,21 @@ TEST_CASE("strips: the plan's tiles and turns are what kernels can have") {
             }
   });
 }
+
+#if defined(__x86_64__) && defined(__linux__)
+// for_levels has this level where the CPU has it. Elsewhere it is played, a few microseconds an instruction.
+TEST_CASE("avx_vnni: played where the CPU lacks it, the same bits as avx2") {
+  if (!cpu_features().avx2) return;
+  const test::AvxVnni played;
+  Random random(39);
+  for (const Depth& depth : {Depth{256, 128}, Depth{96, 32}, Depth{37, 37}, Depth{24, 8}})
+    for (const std::int64_t m : {1, 2, 3, 5, 9})
+      for (int digits = 1; digits <= kMostDigits; ++digits) {
+        const Problem p({m, 40, depth.k, depth.group}, {DType::f32, DType::f16, DType::f16}, random, 5);
+        CAPTURE(depth.k, depth.group, m, digits);
+        const Array y = run(p, avx_vnni_kernels(), digits);
+        CHECK(y == run(p, avx2_kernels(), digits));
+        CHECK(Expected(p, digits).worst(y) <= 1.0);
+      }
+}
+#endif

@@ -1,0 +1,62 @@
+#include <bit>
+
+#include "decode.cuh"
+#include "launch.h"
+
+namespace awq::cuda {
+namespace {
+
+/// Two blocks to a multiprocessor at least.
+template <DType kType, int kTiles, int kUnit>
+__global__ void __launch_bounds__(kDecodeThreads, 2)
+    decode_kernel(const __grid_constant__ core::LinearArgs args, int strips_log, int splits, float* partials) {
+#if __CUDA_ARCH__ >= 800
+  decode_body<kType, kTiles, kUnit>(args, strips_log, splits, partials);
+#else  // sm_75 has no products of bfloat16
+  if constexpr (kType == DType::f16) decode_body<kType, kTiles, kUnit>(args, strips_log, splits, partials);
+#endif
+}
+
+template <DType kType, int kTiles, int kUnit>
+cudaError_t launch(const core::LinearArgs& args, const CudaPlan& plan, void* workspace, cudaStream_t stream) {
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim = {static_cast<unsigned>(plan.cluster), 1, 1};
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(plan.grid_x));
+  config.blockDim = dim3(static_cast<unsigned>(plan.threads));
+  config.dynamicSmemBytes = static_cast<std::size_t>(plan.shared_bytes);
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = plan.cluster > 1 ? 1 : 0;
+  auto* const partials = static_cast<float*>(plan.workspace_bytes > 0 ? workspace : nullptr);
+  const cudaError_t e =
+      cudaLaunchKernelEx(&config, decode_kernel<kType, kTiles, kUnit>, args,
+                         std::countr_zero(static_cast<unsigned>(plan.tile_n) / 16), plan.splits, partials);
+  return e != cudaSuccess || partials == nullptr ? e : reduce(args, partials, plan.splits, stream);
+}
+
+template <DType kType, int kTiles>
+cudaError_t launch(const core::LinearArgs& args, const CudaPlan& plan, void* workspace, cudaStream_t stream) {
+  switch (decode_unit(args.k, args.group)) {
+    case 16: return launch<kType, kTiles, 16>(args, plan, workspace, stream);
+    case 32: return launch<kType, kTiles, 32>(args, plan, workspace, stream);
+    default: return launch<kType, kTiles, 64>(args, plan, workspace, stream);
+  }
+}
+
+template <DType kType>
+cudaError_t launch(const core::LinearArgs& args, const CudaPlan& plan, void* workspace, cudaStream_t stream) {
+  return plan.tile_m <= 8 ? launch<kType, 1>(args, plan, workspace, stream)
+                          : launch<kType, 2>(args, plan, workspace, stream);
+}
+
+}  // namespace
+
+cudaError_t decode(const core::LinearArgs& args, const CudaPlan& plan, void* workspace, cudaStream_t stream) {
+  if (plan.grid_x == 0) return cudaSuccess;
+  return args.x_type == DType::f16 ? launch<DType::f16>(args, plan, workspace, stream)
+                                   : launch<DType::bf16>(args, plan, workspace, stream);
+}
+
+}  // namespace awq::cuda

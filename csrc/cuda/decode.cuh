@@ -1,0 +1,309 @@
+// The decode kernel: y = x W^T for at most 16 rows of x, on every GPU since sm_75. Reading W is all the work there is,
+// so its words go from global memory straight to registers, each once, and as many as possible are under way at any
+// time.
+//
+// A block has `strips` strips of 16 rows of W. Its eight warps are parts x strips: warp (part, strip) takes every
+// parts-th step of 64 along k of its strip; a lane's 16 bytes of a step are the first operand of four products of
+// 16 x 16 codes by 8 or 16 rows of x ("tokens"), which come from shared memory. The codes are multiplied as q - z,
+// without error (dequant.cuh), and summed in float32; each group's sum is multiplied by its scale once, in float32.
+// Parts of k, in a block, then in a cluster or by reduce.cuh, are added in a fixed order: the same bytes every time.
+//
+// What a lane needs of W goes in a circle: the registers of step i get the loads of step i + kDecodeAhead as soon as
+// they have been used. x goes through two stages of shared memory, one barrier for each kDecodeAhead steps of a warp.
+#pragma once
+#include <cmath>
+#include <type_traits>
+#include <utility>
+
+#include "../core/layout.h"
+#include "../core/linear.h"
+#include "decode.h"
+#include "dequant.cuh"
+#include "ptx.cuh"
+#include "reduce.cuh"
+
+namespace awq::cuda {
+
+/// f(0), ..., f(kCount - 1) with constants, so that arrays indexed by them stay in registers.
+template <int kCount, class F>
+AWQ_DEVICE void unrolled(F f) {
+  [&]<int... kI>(std::integer_sequence<int, kI...>) {
+    (f(std::integral_constant<int, kI>{}), ...);
+  }(std::make_integer_sequence<int, kCount>{});
+}
+
+/// What part of W a warp multiplies: `count` steps, the i-th of them step first + i * parts of k, of one strip. All
+/// that counts along k, and blocks, fit 32 bits (decode.h), where division is cheap.
+struct DecodeShare {
+  int strip, parts, part;
+  std::int64_t row;       // of W, the first of the strip
+  int rank;               // of the block, of those that share k
+  int begin, end, steps;  // of the block, and all
+  int first, count;       // of the warp
+
+  AWQ_DEVICE DecodeShare(const core::LinearArgs& a, int strips_log, int splits) {
+    const int warp = ptx::thread() / 32;
+    const auto block = static_cast<std::uint32_t>(ptx::block_x()), blocks = static_cast<std::uint32_t>(splits);
+    strip = warp & ((1 << strips_log) - 1), parts = kDecodeWarps >> strips_log, part = warp >> strips_log;
+    row = ((std::int64_t{block / blocks} << strips_log) + strip) * core::kFragmentRows;
+    rank = static_cast<int>(block % blocks);
+    steps = (static_cast<int>(a.k) + kDecodeStep - 1) / kDecodeStep;
+    begin = steps * rank / splits, end = steps * (rank + 1) / splits;
+    first = begin + part;
+    count = row < a.n && first < end ? (end - first + parts - 1) / parts : 0;
+  }
+};
+
+/// One stage of x: kDecodeAhead * parts steps from `step` on of all rows, zeros behind the end of k. Piece c (16 bytes)
+/// of row i lies at c ^ i % 8, so that the eight rows of a matrix are in distinct banks. Steps from `end` on are not
+/// touched.
+AWQ_DEVICE void fill_stage(const core::LinearArgs& a, ptx::Shared stage, int pieces_log, int step, int end,
+                           bool aligned) {
+  for (int i = ptx::thread(); i < static_cast<int>(a.m) << pieces_log; i += kDecodeThreads) {
+    const int row = i >> pieces_log, piece = i & ((1 << pieces_log) - 1);
+    if (step + piece / 8 >= end) continue;
+    const int col = step * kDecodeStep + piece * 8, left = static_cast<int>(a.k) - col;
+    const int count = left < 0 ? 0 : left < 8 ? left : 8;
+    const auto* from = static_cast<const std::uint16_t*>(a.x) + row * a.x_stride + (count > 0 ? col : 0);
+    const ptx::Shared to = stage + static_cast<ptx::Shared>(i ^ (row & 7)) * 16;
+    if (aligned) {
+      ptx::copy_async(to, from, 2 * count);
+    } else {
+      Vector v{};
+      for (int e = 0; e < 8; ++e)
+        if (e < count) v.word[e / 2] |= std::uint32_t{ptx::load(from + e)} << (e % 2 * 16);
+      ptx::store_shared(to, v);
+    }
+  }
+}
+
+/// Scales and zeros of the two rows of a lane, r and r + 8 of a strip. Four lanes have the same two rows: each loads
+/// those of another unit (kUnit along k, in one group), and when a unit is multiplied, all four get them from that
+/// lane.
+template <int kUnit>
+class DecodeGroups {
+ public:
+  static constexpr int kUnits = kDecodeStep / kUnit;  // of a step
+  static constexpr int kSlots = kUnits * kDecodeAhead / 4;
+
+  AWQ_DEVICE DecodeGroups(const core::LinearArgs& a, const DecodeShare& share)
+      : type_(a.scale_type), stride_(4 * share.parts) {
+    const int t = ptx::thread() % 4, r = ptx::thread() % 32 / 4, size = core::size_of(a.scale_type);
+    const int units = (static_cast<int>(a.k) + kUnit - 1) / kUnit, end = share.count > 0 ? share.end * kUnits : 0;
+    unit_ = (share.first + t / kUnits * share.parts) * kUnits + t % kUnits;
+    end_ = end < units ? end : units;
+
+    const auto d = static_cast<std::uint32_t>(a.group) / kUnit;
+    const auto groups = static_cast<std::uint32_t>(a.k) / static_cast<std::uint32_t>(a.group);
+    const std::int64_t column = share.row + r, place = core::fragment_scale(a.n, groups, 0, column);
+    scales_ = static_cast<const char*>(a.scales) + place * size;
+    scale_stride_ = static_cast<int>(core::fragment_scale(a.n, groups, 1, column) - place) * size;
+    // In a strip of eight rows there is no r + 8; anything may stand for it.
+    high_ = share.row + 16 <= a.n ? size : 0;
+    zeros_ = a.qzeros == nullptr
+                 ? nullptr
+                 : reinterpret_cast<const std::uint8_t*>(a.qzeros) +
+                       share.row / core::kPanelColumns * groups * kZeroBytes + share.row % core::kPanelColumns / 2 + r;
+    // Unit u is in group u / d for groups of d units: u * c / 2^31 rounded down, with c = 2^31 / d rounded up. For
+    // c d = 2^31 + e, e < d, the product is u / d + u e / (d 2^31), and less than u / d + 1 / d, because u < 2^16 (k is
+    // at most 2^20) and d <= 2^15 (there are two groups at least).
+    reciprocal_ = groups == 1 ? 0 : ((std::uint32_t{1} << 31) + d - 1) / d;
+  }
+
+  /// Begins to load the next four units into a slot.
+  template <int kSlot>
+  AWQ_DEVICE void load() {
+    Raw& raw = raw_[kSlot];
+    raw = {0, 0, kSymmetricZeros};
+    if (unit_ < end_) {
+      const auto g = static_cast<int>(static_cast<std::uint64_t>(unit_) * reciprocal_ >> 31);
+      const char* const low = scales_ + std::int64_t{g} * scale_stride_;
+      if (type_ == DType::f32) {
+        raw.low = ptx::load_constant(reinterpret_cast<const std::uint32_t*>(low));
+        raw.high = ptx::load_constant(reinterpret_cast<const std::uint32_t*>(low + high_));
+      } else {
+        raw.low = ptx::load_constant(reinterpret_cast<const std::uint16_t*>(low));
+        raw.high = ptx::load_constant(reinterpret_cast<const std::uint16_t*>(low + high_));
+      }
+      if (zeros_ != nullptr) raw.zeros = ptx::load_constant(zeros_ + std::int64_t{g} * kZeroBytes);
+    }
+    unit_ += stride_;
+  }
+
+  /// From here on unit() is about that slot, which may be loaded anew.
+  template <int kSlot>
+  AWQ_DEVICE void take() {
+    now_ = {to_float(raw_[kSlot].low), to_float(raw_[kSlot].high), raw_[kSlot].zeros};
+  }
+
+  struct Unit {
+    float low, high;
+    std::uint32_t zeros;
+  };
+  AWQ_DEVICE Unit unit(int of_four) const {
+    const int lane = (ptx::thread() % 32 & ~3) + of_four;
+    return {ptx::shuffle(now_.low, lane), ptx::shuffle(now_.high, lane), ptx::shuffle(now_.zeros, lane)};
+  }
+
+ private:
+  static constexpr int kZeroBytes = core::kFragmentZeros.tile_words() * 4;
+
+  AWQ_DEVICE float to_float(std::uint32_t bits) const {
+    const float half = ptx::to_float<DType::f16>(static_cast<std::uint16_t>(bits));
+    return type_ == DType::f16 ? half : std::bit_cast<float>(type_ == DType::f32 ? bits : bits << 16);
+  }
+
+  struct Raw {
+    std::uint32_t low, high, zeros;
+  };
+  DType type_;
+  int stride_, unit_, end_;  // of this lane's units
+  int scale_stride_, high_;  // bytes from group to group, and to the scale of r + 8
+  std::uint32_t reciprocal_;
+  const char* scales_;  // of r, in group 0
+  const std::uint8_t* zeros_;
+  Raw raw_[kSlots];
+  Unit now_;
+};
+
+/// kTiles tiles of eight tokens; kUnit: what is sure to be in one group (64 also for one group of any size).
+/// splits > 1 blocks share k, neighbours along x: a cluster, or any blocks that leave their sums in partials
+/// [splits][m][n].
+template <DType kType, int kTiles, int kUnit>
+AWQ_DEVICE void decode_body(const core::LinearArgs& a, int strips_log, int splits, float* partials) {
+  static_assert(kUnit == 16 || kUnit == 32 || kUnit == 64);
+  const int lane = ptx::thread() % 32, m = static_cast<int>(a.m), strips = 1 << strips_log;
+  const DecodeShare share(a, strips_log, splits);
+  const ptx::Shared shared = ptx::dynamic_shared();
+  const int pieces_log = decode_pieces_log(strips_log);
+  const auto stage = [&](int i) {
+    return shared + kDecodeX + static_cast<ptx::Shared>(i % kDecodeStages * m << (pieces_log + 4));
+  };
+
+  // W is nobody's output, and may be read before earlier kernels have ended.
+  Vector words[kDecodeAhead];
+  const auto* first = reinterpret_cast<const Vector*>(a.qweight) +
+                      (share.row / core::kPanelColumns * share.steps + share.first) * 128 +
+                      share.row % core::kPanelColumns * 2 + lane;
+  const auto load_step = [&](auto s) { return ptx::load_once(first + std::int64_t{share.parts} * (s * 128)); };
+  unrolled<kDecodeAhead>([&](auto s) {
+    if (s < share.count) words[s] = load_step(s);
+  });
+  DecodeGroups<kUnit> groups(a, share);
+  unrolled<DecodeGroups<kUnit>::kSlots>([&](auto s) { groups.template load<s>(); });
+
+  ptx::wait_for_earlier_kernels();
+  const bool aligned = reinterpret_cast<std::uintptr_t>(a.x) % 16 == 0 && a.x_stride % 8 == 0;
+  fill_stage(a, stage(0), pieces_log, share.begin, share.end, aligned);
+  ptx::copy_async_commit();
+  if (ptx::thread() < 8) ptx::store_shared(shared + kDecodeZeros + ptx::thread() * 16, Vector{});
+  ptx::let_next_kernel_start();
+
+  // Row lane % 8 of matrix lane / 8 of a tile of x: matrices 0 .. 3 are 8 values along k each. Rows from m on are
+  // zeros.
+  const ptx::Shared piece = static_cast<ptx::Shared>(lane / 8 ^ lane % 8) * 16;
+  float sum[kTiles][4] = {};
+  ptx::Shared x[kTiles], x_step[kTiles];
+
+  const auto step = [&](auto s, int i) {  // i = s modulo kDecodeAhead
+    constexpr int kUnits = DecodeGroups<kUnit>::kUnits;
+    const Vector w = words[s];
+    if (i + kDecodeAhead < share.count) words[s] = load_step(s);
+    std::uint32_t b[kTiles][2][4];
+    for (int tile = 0; tile < kTiles; ++tile) {
+      ptx::load_matrices(b[tile][0], x[tile] + s * x_step[tile]);
+      ptx::load_matrices(b[tile][1], (x[tile] + s * x_step[tile]) ^ 64);
+    }
+    unrolled<kUnits>([&](auto u) {
+      constexpr int kPlace = s * kUnits + u, kWords = 4 / kUnits;
+      if constexpr (kPlace % 4 == 0) {
+        groups.template take<kPlace / 4>();
+        groups.template load<kPlace / 4>();
+      }
+      const auto unit = groups.unit(kPlace % 4);
+      const ZeroPair zeros = zero_pair<kType>(unit.zeros);
+      float d[kTiles][4] = {};
+      unrolled<kWords>([&](auto v) {
+        constexpr int kWord = u * kWords + v;
+        std::uint32_t codes[4];
+        dequantize_word<kType>(w.word[kWord], zeros, codes);
+        for (int tile = 0; tile < kTiles; ++tile) {
+          const std::uint32_t(&matrices)[4] = b[tile][kWord / 2];
+          const std::uint32_t pair[2] = {matrices[kWord % 2 * 2], matrices[kWord % 2 * 2 + 1]};
+          ptx::mma<kType>(d[tile], codes, pair);
+        }
+      });
+      for (int tile = 0; tile < kTiles; ++tile)
+        for (int i = 0; i < 4; ++i) sum[tile][i] = std::fma(d[tile][i], i < 2 ? unit.low : unit.high, sum[tile][i]);
+    });
+  };
+
+  const int stage_steps = kDecodeAhead * share.parts;
+  for (int c = 0; share.begin + c * stage_steps < share.end; ++c) {
+    ptx::copy_async_wait<0>();
+    ptx::sync_threads();  // stage c is full, and c - 1 is not used any more
+    fill_stage(a, stage(c + 1), pieces_log, share.begin + (c + 1) * stage_steps, share.end, aligned);
+    ptx::copy_async_commit();
+    for (int tile = 0; tile < kTiles; ++tile) {
+      const int row = tile * 8 + lane % 8;
+      const ptx::Shared begin = stage(c) + (static_cast<ptx::Shared>(row) << (pieces_log + 4)) + share.part * 128;
+      x[tile] = piece + (row < m ? begin : shared + kDecodeZeros);
+      x_step[tile] = row < m ? share.parts * 128 : 0;
+    }
+    first += share.parts * (kDecodeAhead * 128);
+    const int i = c * kDecodeAhead;
+    unrolled<kDecodeAhead>([&](auto s) {
+      if (i + s < share.count) step(s, i + s);
+    });
+  }
+
+  // Sums of the block: part after part. [part][token][row of W]
+  const int stride = decode_sum_stride(strips_log);
+  const auto place = [&](int part, int token, int row) {
+    return shared + static_cast<ptx::Shared>(decode_sums(m, strips_log) + ((part * m + token) * stride + row) * 4);
+  };
+  for (int tile = 0; tile < kTiles; ++tile)
+    for (int i = 0; i < 4; ++i) {
+      const int token = tile * 8 + lane % 4 * 2 + i % 2, row = share.strip * 16 + lane / 4 + i / 2 * 8;
+      if (token < m) ptx::store_shared(place(share.part, token, row), sum[tile][i]);
+    }
+  ptx::sync_threads();
+
+  // Four neighbours at a time, each by one thread; in a cluster by a thread of the block whose turn it is.
+  const bool cluster = splits > 1 && partials == nullptr;
+  const auto add = [](float(&total)[4], const Vector& four) {
+    for (int i = 0; i < 4; ++i) total[i] += std::bit_cast<float>(four.word[i]);
+  };
+  const auto as_vector = [](const float(&v)[4]) {
+    Vector four;
+    for (int i = 0; i < 4; ++i) four.word[i] = std::bit_cast<std::uint32_t>(v[i]);
+    return four;
+  };
+  const auto for_fours = [&](int begin, int by, auto f) {
+    for (int i = begin; i < m * strips * 4; i += by) f(i >> (strips_log + 2), (i & (strips * 4 - 1)) * 4);
+  };
+  const std::int64_t column = share.row - share.strip * 16;
+  for_fours(ptx::thread(), kDecodeThreads, [&](int token, int row) {
+    float total[4] = {};
+    for (int part = 0; part < share.parts; ++part) add(total, ptx::load_shared<Vector>(place(part, token, row)));
+    if (cluster)
+      ptx::store_shared(place(0, token, row), as_vector(total));
+    else if (column + row < a.n && partials == nullptr)
+      store_four<kType>(a, token, column + row, total);
+    else if (column + row < a.n)
+      ptx::store(reinterpret_cast<Vector*>(partials + (share.rank * a.m + token) * a.n + column + row),
+                 as_vector(total));
+  });
+  if (!cluster) return;
+  ptx::cluster_arrive();
+  ptx::cluster_wait();
+  for_fours(ptx::thread() + share.rank * kDecodeThreads, splits * kDecodeThreads, [&](int token, int row) {
+    float total[4] = {};
+    for (int other = 0; other < splits; ++other) add(total, ptx::load_cluster<Vector>(place(0, token, row), other));
+    if (column + row < a.n) store_four<kType>(a, token, column + row, total);
+  });
+  ptx::cluster_arrive();
+  ptx::cluster_wait();  // nobody reads this block's sums any more
+}
+
+}  // namespace awq::cuda

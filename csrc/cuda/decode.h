@@ -1,0 +1,95 @@
+// The decode kernel: few rows of x, every weight read once. What it can do, and how it cuts its work (decode.cuh).
+#pragma once
+#include <algorithm>
+#include <cstdint>
+
+#include "../core/layout.h"
+#include "plan.h"
+
+namespace awq::cuda {
+
+inline constexpr int kDecodeThreads = 256, kDecodeWarps = kDecodeThreads / 32;
+inline constexpr int kDecodeRows = 16;   // of x, at most
+inline constexpr int kDecodeStep = 64;   // along k: what one 16-byte load of each lane of a warp covers of 16 rows
+inline constexpr int kDecodeAhead = 8;   // steps whose weights a warp has under way, and between two barriers
+inline constexpr int kDecodeStages = 2;  // of x in shared memory
+
+/// A block has 2^strips_log strips of 16 rows of W, and its warps are that many times decode_parts: the warps of a
+/// strip have other steps each.
+AWQ_HOST_DEVICE constexpr int decode_parts(int strips_log) { return kDecodeWarps >> strips_log; }
+
+/// log2 of the pieces of 16 bytes of a row of x in a stage: kDecodeAhead steps for each part.
+AWQ_HOST_DEVICE constexpr int decode_pieces_log(int strips_log) { return 9 - strips_log; }
+static_assert(1 << decode_pieces_log(0) == kDecodeAhead * kDecodeWarps * kDecodeStep * 2 / 16);
+
+/// Floats from a token's sums to the next one's, in the exchange between warps: the four more put the stores of a warp,
+/// to tokens 2t and rows r (t = 0 .. 3, r = 0 .. 7), into distinct banks.
+AWQ_HOST_DEVICE constexpr int decode_sum_stride(int strips_log) { return (16 << strips_log) + 4; }
+
+/// Where things lie in shared memory, in bytes from its start: a line of zeros, the stages of x, the sums of each part.
+inline constexpr int kDecodeZeros = 0, kDecodeX = 128;
+AWQ_HOST_DEVICE constexpr int decode_sums(int m, int strips_log) {
+  return kDecodeX + kDecodeStages * (m << (decode_pieces_log(strips_log) + 4));
+}
+AWQ_HOST_DEVICE constexpr int decode_shared_bytes(int m, int strips_log) {
+  return decode_sums(m, strips_log) + decode_parts(strips_log) * m * decode_sum_stride(strips_log) * 4;
+}
+/// The fewest strips for m rows: their stages then fit what any kernel may have without asking.
+constexpr int decode_least_strips_log(std::int64_t m) { return m <= 2 ? 0 : m <= 4 ? 1 : m <= 8 ? 2 : 3; }
+static_assert(decode_shared_bytes(2, 0) <= 48 << 10 && decode_shared_bytes(4, 1) <= 48 << 10 &&
+              decode_shared_bytes(8, 2) <= 48 << 10 && decode_shared_bytes(16, 3) <= 48 << 10);
+
+/// Groups of 16, or 32, of any multiple of them, or one; sums are float32, so scales and x may be of any magnitude.
+inline bool decode_can(const CudaProblem& p, const Gpu& gpu) {
+  const bool type = p.x_type == DType::f16 || (p.x_type == DType::bf16 && gpu.arch >= 80);
+  return gpu.arch >= 75 && type && p.scale_type != DType::f64 && p.m <= kDecodeRows && p.n % 8 == 0 && p.k > 0 &&
+         p.k <= (1 << 20) && (p.group == p.k || p.group % 16 == 0);
+}
+
+/// The longest piece of k, of 16, 32 or 64, that is in one group wherever it begins (at its multiples). One group is
+/// like groups of 64: what is behind its end is zeros.
+constexpr int decode_unit(std::int64_t k, std::int64_t group) {
+  return group == k || group % 64 == 0 ? 64 : group % 32 == 0 ? 32 : 16;
+}
+
+/// Where blocks of a cluster read each other's shared memory. Consumer GPUs of arch 120 have no clusters worth the name
+/// (CUTLASS builds for them with clusters of one only).
+constexpr bool has_clusters(int arch) { return arch >= 90 && arch < 120; }
+
+/// The kernel with 2^strips_log strips to a block and `splits` blocks that share k.
+inline CudaPlan decode_plan(const CudaProblem& p, const Gpu& gpu, int strips_log, int splits) {
+  CudaPlan plan;
+  plan.kernel = CudaKernel::decode, plan.name = "decode";
+  plan.why = "few rows: weights go straight to registers, and every one is read once";
+  plan.tile_n = 16 << strips_log, plan.tile_m = p.m <= 8 ? 8 : 16;
+  plan.splits = splits, plan.cluster = has_clusters(gpu.arch) ? splits : 1;
+  plan.stages = kDecodeStages;
+  plan.grid_x = core::ceil_div(p.n, plan.tile_n) * splits, plan.grid_y = 1;
+  plan.threads = kDecodeThreads;
+  plan.shared_bytes = decode_shared_bytes(static_cast<int>(p.m), strips_log);
+  if (plan.cluster < splits) plan.workspace_bytes = splits * p.m * p.n * 4;
+  return plan;
+}
+
+/// What is expected to take the least time, counted in bytes that a block reads in that time. Two blocks to a
+/// multiprocessor run at once; in each such wave a block begins, reads its share of W, and for it m rows of x, which
+/// come from the second cache. More strips mean fewer reads of x; more splits let more blocks take part, and cost an
+/// exchange of sums, or where there are no clusters a second kernel. The costs are estimates, not measured ones.
+inline CudaPlan decode_plan(const CudaProblem& p, const Gpu& gpu) {
+  constexpr std::int64_t kBegin = 16 << 10, kExchange = 4 << 10, kSecondKernel = 48 << 10;
+  const std::int64_t steps = core::ceil_div(p.k, kDecodeStep), together = std::int64_t{2} * gpu.sms;
+  CudaPlan best;
+  std::int64_t least = 0;
+  for (int strips_log = decode_least_strips_log(p.m); strips_log <= 3; ++strips_log)
+    for (int splits = 1; splits <= 8 && splits <= steps; splits *= 2) {
+      const CudaPlan plan = decode_plan(p, gpu, strips_log, splits);
+      const std::int64_t share = core::ceil_div(steps, splits) * kDecodeStep;
+      const std::int64_t bytes = kBegin + share * plan.tile_n / 2 + share * p.m;
+      const std::int64_t sharing = splits == 1 ? 0 : plan.cluster > 1 ? splits * kExchange : kSecondKernel;
+      const std::int64_t cost = core::ceil_div(plan.grid_x, together) * bytes + sharing;
+      if (least == 0 || cost < least) least = cost, best = plan;
+    }
+  return best;
+}
+
+}  // namespace awq::cuda
