@@ -48,7 +48,7 @@ cudaError_t gemm_sm90(const core::LinearArgs& args, const CudaPlan& plan, void* 
 /// w_mean of core::weight_means; its sums in another order.
 cudaError_t weight_means(const MeanArgs& args, cudaStream_t stream);
 
-/// core::scale_candidates. NaN in all candidates if x_mean is not finite and not negative, or w_mean not finite.
+/// core::scale_candidates. NaN in all of them where x_mean is not finite or is negative.
 cudaError_t scale_candidates(const CandidateArgs& args, cudaStream_t stream);
 
 /// d and the verdict of each item; losses() then gives what core::scale_losses does, its sums in another order.

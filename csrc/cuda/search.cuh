@@ -97,8 +97,6 @@ AWQ_DEVICE void raw_scales_body(const CandidateArgs& a) {
       const double w = candidate > a.grid ? std::pow(static_cast<double>(w_mean), 1.0 - ratio) + 1e-4 : 1.0;
       scale = x / w < 1e-4 ? 1e-4 : x / w;
     }
-    if (!(x_mean >= 0.0f) || poison_of(x_mean) + poison_of(w_mean) != 0.0f)
-      scale = std::numeric_limits<double>::quiet_NaN();
     ptx::store(a.scales + item, a.tie == nullptr ? scale : std::log(scale));
   });
 }
@@ -119,7 +117,8 @@ AWQ_DEVICE void tied_scales_body(const CandidateArgs& a) {
   });
 }
 
-/// A block divides the scales of one candidate by sqrt(smallest) * sqrt(largest).
+/// A block divides the scales of one candidate by sqrt(smallest) * sqrt(largest). 1 where that gives no scale, as where
+/// a weight is not finite: its loss will tell.
 AWQ_DEVICE void candidates_body(const CandidateArgs& a) {
   for (std::int64_t candidate = ptx::block_x(); candidate < a.count; candidate += ptx::grid_x()) {
     const double* scales = (a.tie == nullptr ? a.scales : a.tied) + candidate * a.k;
@@ -129,7 +128,8 @@ AWQ_DEVICE void candidates_body(const CandidateArgs& a) {
       const double scale = ptx::load(scales + i);
       least = scale < least ? scale : least;
       most = scale > most ? scale : most;
-      poison += scale * 0.0;
+      const float x_mean = ptx::load(a.x_mean + i);
+      poison += x_mean >= 0.0f ? poison_of(x_mean) : std::numeric_limits<float>::quiet_NaN();
     }
     least = all_threads(least, [](double x, double y) { return x < y ? x : y; });
     most = all_threads(most, [](double x, double y) { return x > y ? x : y; });
