@@ -1,6 +1,7 @@
 """AwqLinear: the module that stands in for nn.Linear."""
 
 # No "from __future__ import annotations" here: TorchScript reads the annotations of AwqLinear as types.
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -178,6 +179,31 @@ class AwqLinear(nn.Module):
         module.bias = None if linear.bias is None else linear.bias.detach().to(scales.dtype, copy=True)
         return module.train(linear.training)
 
+    @classmethod
+    def concatenate(cls, layers: Sequence["AwqLinear"]) -> "AwqLinear":
+        """One layer with the outputs of ``layers``, one behind the other: q, k and v, or gate and up, in one call.
+
+        A call of small matrices is mostly waking threads and going through the dispatcher, and one call does that
+        once. ``y.split([layer.out_features for layer in layers], -1)`` gives the parts of its outputs. The weight is
+        copied. Raises ValueError unless all layers have the same in_features, group_size, ``activation``, and dtypes
+        and device of their tensors, and all have a bias or none has.
+        """
+        if not layers:
+            raise ValueError("AwqLinear.concatenate: expected at least one layer, got none")
+        first, *others = layers
+        for i, layer in enumerate(others, 1):
+            for what, a, b in zip(_SHARED, _shared(first), _shared(layer), strict=True):
+                if a != b:
+                    found = f"{a} of layer 0, {b} of layer {i}"
+                    raise ValueError(f"AwqLinear.concatenate: {what} must be the same: {found}")
+        parts = [layer._in_layout("gemm") for layer in layers]
+        outputs = sum(layer.out_features for layer in layers)
+        module = cls(first.in_features, outputs, first.bias is not None, group_size=first.group_size, device="meta")
+        module.qweight, module.qzeros, module.scales = (torch.cat(tensors, 1) for tensors in zip(*parts, strict=True))
+        module.bias = None if first.bias is None else torch.cat([layer.get_buffer("bias") for layer in layers])
+        module.activation = first.activation
+        return module.train(first.training).repack()
+
     @torch.jit.unused
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weight [n, k] that this layer multiplies with, in ``dtype`` (None: that of scales)."""
@@ -192,8 +218,17 @@ class AwqLinear(nn.Module):
         )
 
 
+_SHARED = ("in_features", "group_size", "activation", "dtype of scales", "dtype of the bias", "device")
+
+
+def _shared(layer: AwqLinear) -> tuple[Any, ...]:
+    """What layers must have in common to be concatenated, in the order of _SHARED."""
+    bias = None if layer.bias is None else layer.bias.dtype
+    return layer.in_features, layer.group_size, layer.activation, layer.scales.dtype, bias, layer.qweight.device
+
+
 def _repack(words: Tensor, src: str, dst: str, n: int, k: int) -> Tensor:
-    """The words of codes [n, k] in another layout; src may fill its tiles up to more than dst has room for."""
+    """The words of codes [n, k] in another layout; src may fill up its tiles beyond what dst has room for."""
     codes = find_codes(dst)
     assert codes is not None
     rows, cols = codes.word_shape(n, k)
@@ -252,12 +287,12 @@ def _explain_cuda(layer: AwqLinear, m: int, dtype: torch.dtype, device: torch.de
     if plan["kernel"] == "dequantize":
         return f"dequantize on {where}, the weight to {dtype}, and torch multiplies: {plan['why']}"
     (rows, tokens), (x, y) = plan["tile"], plan["grid"]
-    shared = [f", {plan[name]} {text}" for name, text in _SHARED.items() if plan[name] > 1]
+    shared = [f", {plan[name]} {text}" for name, text in _DIVIDED.items() if plan[name] > 1]
     blocks = f"{x * y} blocks for {rows} columns and {tokens} rows each{''.join(shared)}"
     return f"{plan['kernel']} on {where}, {blocks}: {plan['why']}"
 
 
-_SHARED = {"cluster": "of them to a cluster", "splits": "parts of in_features"}  # of a plan, if there are several
+_DIVIDED = {"cluster": "of them to a cluster", "splits": "parts of in_features"}  # of a plan, if there are several
 
 
 def _name(dtype: torch.dtype) -> str:
