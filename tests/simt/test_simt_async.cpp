@@ -90,11 +90,33 @@ TEST_CASE("simt: a ring of bulk copies, and what can be wrong with one") {
   REQUIRE(contains(error(Fault::no_wait), "shared byte"));
   error(Fault::no_free);  // a second arrival in the phase, or a copy over what is still read: it depends on the schedule
   REQUIRE(contains(error(Fault::wrong_parity), "shared byte"));
-  REQUIRE(contains(error(Fault::too_few_bytes), "fewer bytes were expected"));
+  REQUIRE(contains(error(Fault::too_few_bytes), "lacks 0 of 1 arrivals and -64 bytes"));
   REQUIRE(contains(error(Fault::too_many_bytes), "deadlock"));
   REQUIRE(contains(error(Fault::too_many_bytes), "lacks 0 of 1 arrivals and 64 bytes"));
   REQUIRE(contains(error(Fault::too_many_arrivals), "arrivals"));
   REQUIRE(contains(error(Fault::no_sync_after_init), "barrier"));
+}
+
+TEST_CASE("simt: a phase that ends before all of its copies have") {
+  simt::Buffer<std::uint32_t> x(8, "x");
+  const auto body = [&](std::uint32_t bytes) {
+    const ptx::Shared s = ptx::dynamic_shared();
+    if (ptx::thread() != 0) return;
+    ptx::barrier_init(s, 1);
+    ptx::fence_barriers();
+    for (std::uint32_t i = 0; i < 2; ++i) ptx::copy_bulk(s + 16 + 16 * i, x.data() + 4 * i, 16, s);
+    ptx::barrier_expect(s, bytes);
+    ptx::barrier_wait(s, 0);
+  };
+  constexpr simt::Launch kLaunch{.shared_bytes = 64};
+  run_seeds(kLaunch, [&] { body(32); });
+  error_of(kLaunch, [&] { body(16); });
+  try {
+    simt::run(kLaunch, {.seed = 1}, [&] { body(16); });
+    FAIL("no error");
+  } catch (const simt::Error& error) {
+    REQUIRE(contains(error.what(), "fewer bytes were expected"));
+  }
 }
 
 TEST_CASE("simt: barriers are what their bytes hold") {
