@@ -1,5 +1,5 @@
-"""C++ callers: the core's own tests under sanitizers, built by clang and on an emulated Arm CPU, and a LibTorch program that runs the
-operators without Python."""
+"""C++ callers: the core's own tests under sanitizers, built by clang and on an emulated Arm CPU, and a LibTorch program
+that runs the operators without Python."""
 
 from __future__ import annotations
 
