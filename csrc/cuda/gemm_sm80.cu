@@ -6,10 +6,12 @@ namespace awq::cuda {
 namespace {
 
 template <core::DType kType, int kTokens, bool kSmallGroups>
-__global__ void __launch_bounds__(GemmSm80::kThreads, 2)
+__global__ void __launch_bounds__(GemmSm80::kThreads, GemmSm80::kBlocks)
     gemm_sm80_kernel(const __grid_constant__ core::LinearArgs args, float* partials) {
 #if __CUDA_ARCH__ >= 800
   gemm_sm80_body<kType, kTokens, kSmallGroups>(args, partials);
+#elif defined(__CUDA_ARCH__)
+  __trap();  // nobody plans this kernel for an older architecture; it must not do nothing
 #endif
 }
 
