@@ -194,9 +194,9 @@ def fragments_can_have(in_features: int, group_size: int) -> bool:
 
 
 def repack_scales(scales: Tensor, src: str, dst: str) -> Tensor:
-    """Scales [G, n] in the order that layout ``src`` has them -> the same in that of ``dst``; "gemm" is the natural one.
+    """Scales [G, n] in the order of layout ``src`` -> the same in that of ``dst``.
 
-    For layouts that are computed on: gemm, strips and fragments.
+    For the layouts that are computed on: gemm, where the order is the natural one, strips and fragments.
     """
     if src == dst:
         return scales
@@ -214,7 +214,7 @@ def repack_scales(scales: Tensor, src: str, dst: str) -> Tensor:
 
 
 def _panels(n: int, layout: str) -> list[int]:
-    """The columns that lie together, group after group: as many as a tile of the weight has, in the last what is left."""
+    """The columns that lie together, group after group: those of a tile of the weight, in the last what is left."""
     columns, _ = every_layout()[layout].weight.tile
     return [min(columns, n - first) for first in range(0, n, columns)]
 

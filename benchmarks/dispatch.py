@@ -1,4 +1,5 @@
-"""What one call costs before any arithmetic: the smallest linear, through the operator, the module and torch's own."""
+"""What one call costs before any arithmetic: the smallest linear, through the operator, the module and torch's own; and
+what one call saves where three layers have the same input: q, k and v for one row, apart and concatenated."""
 
 from __future__ import annotations
 
@@ -22,6 +23,16 @@ def main() -> None:
             "torch.nn.functional.linear": lambda i: F.linear(x, weight),
         }
     )
+    torch.set_num_threads(2)
+    for k, outputs in {576: (576, 192, 192), 4096: (4096, 1024, 1024)}.items():
+        layers = [AwqLinear.from_linear(torch.nn.Linear(k, n, bias=False), 64) for n in outputs]
+        together, row = AwqLinear.concatenate(layers), torch.randn(1, k, dtype=torch.bfloat16)
+        times |= take_turns(
+            {
+                f"q, k, v of {k}, apart": lambda i, layers=layers, row=row: [layer(row) for layer in layers],
+                f"q, k, v of {k}, one call": lambda i, layer=together, row=row: layer(row),
+            }
+        )
     for name, t in times.items():
         print(f"{name}: {t['median'] * 1e6:.2f} us (p10 {t['p10'] * 1e6:.2f}, p90 {t['p90'] * 1e6:.2f})")
     print(write("dispatch", times))

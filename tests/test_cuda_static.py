@@ -51,6 +51,13 @@ EXPECTED: dict[str, Expected] = {
         threads=128,
         blocks=2,
     ),
+    "gemm_sm90": Expected(
+        "gemm_sm90_kernel",
+        ("90a",),
+        needs={"UBLKCP": 1, "UTMALDG": 1, "USETMAXREG": 2},
+        in_main={r"HGMMA\.64x\d+x16\.F32": 4, r"LDS\.128": 1},
+        threads=384,
+    ),
 }
 ARCHS = {"kernels": ("90a",), "reduce": ("90a",), "search": ("80",)}
 

@@ -465,3 +465,46 @@ def test_explain_says_which_kernel_and_why() -> None:
     assert awq_ext.explain(gemm, 1).startswith("decode at level ") and "many rows" in awq_ext.explain(gemm, 64)
     assert "float64" in awq_ext.explain(strips, 1, torch.float64)
     assert "gemm on meta" in awq_ext.explain(gemm.to("meta"), 1)
+
+
+# --- several linears of one input -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("group_size", [GROUP, UNEVEN, -1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_concatenated_layers_give_the_same_bits_in_one_call(bias: bool, group_size: int, dtype: torch.dtype) -> None:
+    linears = [nn.Linear(K, n, bias=bias) for n in (24, 8, 40)]
+    layers = [AwqLinear.from_linear(linear, group_size) for linear in linears]
+    states = [copy.deepcopy(layer.state_dict()) for layer in layers]
+    together = AwqLinear.concatenate(layers)
+    for m in (0, 1, 5):
+        x = randn(m, K).to(dtype)
+        parts = together(x).split([24, 8, 40], -1)
+        for part, layer in zip(parts, layers, strict=True):
+            assert torch.equal(part, layer(x))
+    assert torch.equal(torch.jit.script(together)(x), together(x))
+    assert (together.out_features, together.layout) == (72, layers[0].layout)
+    for layer, state in zip(layers, states, strict=True):
+        assert all(torch.equal(layer.state_dict()[name], value) for name, value in state.items())
+
+
+def test_what_cannot_be_concatenated() -> None:
+    def layer(in_features: int = K, group_size: int = GROUP, **options: object) -> AwqLinear:
+        return AwqLinear.from_linear(nn.Linear(in_features, 8, bias=bool(options.pop("bias", True))), group_size)
+
+    other = layer()
+    other.activation = "int8"
+    cast = layer().to(torch.bfloat16)
+    with pytest.raises(ValueError, match="at least one layer"):
+        AwqLinear.concatenate([])
+    for wrong, message in [
+        (layer(in_features=2 * K), "in_features must be the same: 64 of layer 0, 128 of layer 1"),
+        (layer(group_size=32), "group_size must be the same: 16 of layer 0, 32 of layer 1"),
+        (layer(bias=False), "dtype of the bias must be the same: torch.float16 of layer 0, None of layer 1"),
+        (other, "activation must be the same"),
+        (cast, "dtype of scales must be the same"),
+        (layer().to("meta"), "device must be the same: cpu of layer 0, meta of layer 1"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            AwqLinear.concatenate([layer(), wrong])

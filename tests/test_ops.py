@@ -921,7 +921,10 @@ assert _library.native().build_info()["cpu_kernels"] == sys.argv[1]
 """
 
 
-@pytest.mark.parametrize("level", ["portable", "avx2", "avx_vnni", "avx512", "avx512_vnni", "avx512_bf16", "neon_dotprod"])
+LEVEL_NAMES = ["portable", "avx2", "avx_vnni", "avx512", "avx512_vnni", "avx512_bf16", "neon_dotprod"]
+
+
+@pytest.mark.parametrize("level", LEVEL_NAMES)
 def test_a_level_can_be_asked_for(level: str) -> None:
     if not {"portable": True, **_library.native().cpu_features()}[level]:
         pytest.skip(f"this CPU has no {level}")

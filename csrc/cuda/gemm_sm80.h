@@ -8,8 +8,7 @@
 // whole numbers q - z, and of the groups that are done, times their scales in float32. No weight is ever rounded,
 // whatever the type of scales.
 #pragma once
-#include <limits>
-#include <optional>
+#include <cstdint>
 
 #include "../core/layout.h"
 #include "../core/linear.h"
@@ -69,46 +68,49 @@ inline bool gemm_sm80_aligned(const core::LinearArgs& a) {
   const auto aligned = [](const void* p, std::uintptr_t bytes) {
     return reinterpret_cast<std::uintptr_t>(p) % bytes == 0;
   };
-  return aligned(a.x, 16) && (a.m == 1 || a.x_stride % 8 == 0) && aligned(a.qweight, 16) && aligned(a.scales, 16) &&
+  return aligned(a.x, 16) && a.x_stride % 8 == 0 && aligned(a.qweight, 16) && aligned(a.scales, 16) &&
          aligned(a.qzeros, 16) && aligned(a.y, 8);
 }
 
-/// The launch, or nothing if the kernel cannot have the problem.
-constexpr std::optional<CudaPlan> gemm_sm80_plan(const CudaProblem& p, const Gpu& gpu) {
-  // Offsets of tokens, rows and steps within a matrix are ints, offsets of elements are not.
+/// Groups that 16 k never belong to two of. Offsets of rows and steps are ints in the kernel, of elements not.
+constexpr bool gemm_sm80_can(const CudaProblem& p, const Gpu& gpu) {
   constexpr std::int64_t kMost = std::int64_t{1} << 30;
-  if (gpu.arch < 80 || (p.x_type != DType::f16 && p.x_type != DType::bf16)) return std::nullopt;
-  if (p.scale_type == DType::f64 || p.m > kMost || p.n > kMost || p.k > kMost || p.k == 0 || p.n % 8 != 0)
-    return std::nullopt;
-  if (p.group != p.k && p.group % 16 != 0) return std::nullopt;
+  const bool types = (p.x_type == DType::f16 || p.x_type == DType::bf16) && p.scale_type != DType::f64;
+  const bool sizes = p.m > 0 && p.m <= kMost && p.n > 0 && p.n <= kMost && p.n % 8 == 0 && p.k > 0 && p.k <= kMost &&
+                     core::ceil_div(p.m, 32) * core::ceil_div(p.n, GemmSm80::kRows) <= kMost;
+  const GemmSm80 largest{64, true};
+  return gpu.arch >= 80 && gpu.shared_bytes >= largest.shared_bytes() && types && sizes &&
+         (p.group == p.k || p.group % 16 == 0);
+}
 
-  // Beside the products, of each token, a step unpacks weights, for as long as about 24 tokens' products take.
-  const auto cost = [&](int tokens) { return core::ceil_div(p.m, tokens) * (tokens + 24); };
-  const GemmSm80 cut{cost(32) < cost(64) ? 32 : 64, gemm_sm80_small_groups(p.k, p.group)};
-  if (cut.shared_bytes() > gpu.shared_bytes) return std::nullopt;
-  const std::int64_t tiles = core::ceil_div(p.m, cut.tokens) * core::ceil_div(p.n, GemmSm80::kRows);
-  if (tiles > std::numeric_limits<int>::max()) return std::nullopt;
-
-  // Where tiles are fewer than blocks that can run at a time, blocks share the k of a tile, eight steps each or more.
-  const std::int64_t steps = core::ceil_div(p.k, GemmSm80::kStep),
-                     at_a_time = std::int64_t{GemmSm80::kBlocks} * gpu.sms;
-  const std::int64_t room = at_a_time / tiles, most = steps / 8;
-  const std::int64_t splits = room < most ? room : most;
-
+/// In blocks of so many tokens, and so many that share the k of a tile.
+constexpr CudaPlan gemm_sm80_plan(const CudaProblem& p, int tokens, int splits) {
+  const GemmSm80 cut{tokens, gemm_sm80_small_groups(p.k, p.group)};
   CudaPlan plan;
   plan.kernel = CudaKernel::gemm_sm80;
   plan.name = "gemm_sm80";
   plan.why = "many rows of x share each weight that is unpacked for mma.sync";
   plan.tile_n = GemmSm80::kRows;
-  plan.tile_m = cut.tokens;
-  plan.splits = splits > 1 ? static_cast<int>(splits) : 1;
+  plan.tile_m = tokens;
+  plan.splits = splits;
   plan.stages = cut.stages();
-  plan.grid_x = tiles;
-  plan.grid_y = plan.splits;
+  plan.grid_x = core::ceil_div(p.m, tokens) * core::ceil_div(p.n, GemmSm80::kRows);
+  plan.grid_y = splits;
   plan.threads = GemmSm80::kThreads;
   plan.shared_bytes = cut.shared_bytes();
-  plan.workspace_bytes = plan.splits > 1 ? plan.splits * p.m * p.n * 4 : 0;
+  plan.workspace_bytes = splits > 1 ? splits * p.m * p.n * 4 : 0;
   return plan;
+}
+
+/// For a call that gemm_sm80_can take. Estimates, not measured.
+constexpr CudaPlan gemm_sm80_plan(const CudaProblem& p, const Gpu& gpu) {
+  // A block unpacks the weights of a step in about the time that 24 tokens' products take.
+  const auto cost = [&](int tokens) { return core::ceil_div(p.m, tokens) * (tokens + 24); };
+  const CudaPlan whole = gemm_sm80_plan(p, cost(32) < cost(64) ? 32 : 64, 1);
+  // Where tiles are fewer than the blocks that run at a time, several blocks share one, with at least eight steps each.
+  const std::int64_t room = std::int64_t{GemmSm80::kBlocks} * gpu.sms / whole.grid_x;
+  const std::int64_t most = core::ceil_div(p.k, GemmSm80::kStep) / 8, splits = room < most ? room : most;
+  return splits > 1 ? gemm_sm80_plan(p, whole.tile_m, static_cast<int>(splits)) : whole;
 }
 
 }  // namespace awq::cuda

@@ -25,6 +25,16 @@ namespace awq::cuda::ptx {
 using core::DType;
 using Shared = std::uint32_t;
 
+/// Describes b to wgmma: kColumns columns (tokens) of 64 16-bit values each, every column 128 bytes, in the 128-byte
+/// swizzle of the tensor copy engine: the 16-byte piece c of column j lies at piece c ^ (j % 8). `start` is a multiple
+/// of 1024, plus 32 bytes for each step of 16 along k.
+/// Fields: start / 16 in bits 0-13; 1 in bits 16-29 (not used in this form); 1024 / 16, from eight columns to the next
+/// eight, in bits 32-45; 1 (128-byte swizzle) in bits 62-63. PTX ISA, "Matrix Descriptor Format".
+AWQ_HOST_DEVICE inline std::uint64_t wgmma_descriptor(Shared start) {
+  return static_cast<std::uint64_t>((start & 0x3ffffu) >> 4) | std::uint64_t{1} << 16 | std::uint64_t{64} << 32 |
+         std::uint64_t{1} << 62;
+}
+
 }  // namespace awq::cuda::ptx
 
 #ifdef AWQ_SIMT
@@ -489,16 +499,6 @@ AWQ_DEVICE void wgmma_wait() {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 #endif
-}
-
-/// Describes b to wgmma: kColumns columns (tokens) of 64 16-bit values each, every column 128 bytes, in the 128-byte
-/// swizzle of the tensor copy engine: the 16-byte piece c of column j lies at piece c ^ (j % 8). `start` is a multiple
-/// of 1024, plus 32 bytes for each step of 16 along k.
-/// Fields: start / 16 in bits 0-13; 1 in bits 16-29 (not used in this form); 1024 / 16, from eight columns to the next
-/// eight, in bits 32-45; 1 (128-byte swizzle) in bits 62-63. PTX ISA, "Matrix Descriptor Format".
-AWQ_HOST_DEVICE inline std::uint64_t wgmma_descriptor(Shared start) {
-  return static_cast<std::uint64_t>((start & 0x3ffffu) >> 4) | std::uint64_t{1} << 16 | std::uint64_t{64} << 32 |
-         std::uint64_t{1} << 62;
 }
 
 }  // namespace awq::cuda::ptx

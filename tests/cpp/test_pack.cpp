@@ -72,10 +72,12 @@ TEST_CASE("every value at every place lands in the nibble that locate names, and
 
 TEST_CASE("pack follows locate for every shape, unpack is its inverse, and padding is 0") {
   Random random(2);
-  for (const auto& [name, codes] : test::every_codes())
-    for (const auto [n, k] : kShapes) {
+  for (const auto& entry : test::every_codes())
+    for (const auto& size : kShapes) {
+      const Codes& codes = entry.second;
+      const std::int64_t n = size.n, k = size.k;
       if (!can_hold(codes, n, k)) continue;
-      CAPTURE(name, n, k);
+      CAPTURE(entry.first, n, k);
       const auto q = random.codes(n * k);
       const WordShape shape = word_shape(codes, n, k);
       const CodeShape most = code_shape(codes, shape.rows, shape.cols);

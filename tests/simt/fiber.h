@@ -14,6 +14,8 @@ class Fiber {
 
   /// Makes this fiber run `body` when it is first switched to. `body` returns the fiber that goes on when it has ended.
   void start(std::function<Fiber*()> body);
+  /// Where its stack begins; it grows down from there.
+  const void* stack_top() const { return static_cast<const char*>(stack_) + stack_bytes_; }
   /// From this fiber, which is running, to another. Returns when somebody switches back.
   void switch_to(Fiber& next);
 

@@ -57,12 +57,30 @@ void Machine::ready(Warp& w) {
   for (Thread* t : w.lanes) ready(*t);
 }
 
+void Machine::send(Flight flight) {
+  if (timing_ == Completion::early) return land(flight);
+  flights_.push_back(std::move(flight));
+}
+
+void Machine::land_one() {
+  const auto i = static_cast<std::ptrdiff_t>(random(flights_.size()));
+  const Flight flight = std::move(flights_[static_cast<std::size_t>(i)]);
+  flights_.erase(flights_.begin() + i);
+  try {
+    land(flight);
+  } catch (...) {
+    error_ = std::current_exception();
+    abandoning_ = true;
+  }
+}
+
 /// A lane of the warp whose turn it is, else of another warp; nullptr if nobody can run.
 Thread* Machine::pick() {
   if (abandoning_) return nullptr;
   while (turn_ == nullptr || turn_->ready == 0) {
     turn_ = nullptr;
-    if (queue_.empty()) return nullptr;
+    if (timing_ == Completion::random && !flights_.empty() && random(4) == 0) land_one();
+    if (abandoning_ || queue_.empty()) return nullptr;
     const std::size_t i = options.seed == 0 ? 0 : static_cast<std::size_t>(random(queue_.size()));
     turn_ = queue_[i];
     turn_->queued = false;
@@ -112,7 +130,18 @@ void Machine::end(Thread& t) {
   if (w.arrived != 0)
     fail(w.site.where, "divergent: the thread ends while lanes of its warp wait for it at " + w.site.text());
   if (!t.copies.empty()) fail(t.copies[0].where, "the thread ends before it has waited for this copy_async");
-  ++t.block->ended;
+  end_products(t);
+  Block& b = *t.block;
+  b.end.start(parties);
+  t.tell(b.end);
+  if (++b.ended < launch.threads) return;
+  const Knowledge sum = b.end.take();
+  for (const Access& access : b.remote)
+    if (!sum.seen.knows(access.epoch))
+      fail(access.where, "the block ends, and nothing says that " + describe(access.epoch.who) +
+                             " has already done this to its shared memory");
+  for (const Flight& flight : flights_)
+    if (flight.barrier->block == &b) fail(flight.where, "the block ends while this copy to it is under way");
 }
 
 std::string Machine::describe(std::uint32_t who) const {
@@ -122,7 +151,10 @@ std::string Machine::describe(std::uint32_t who) const {
     for (const Warp& w : block->warps)
       if (w.who == who) return "wgmma of warp " + std::to_string(w.index) + " of " + block_name(*block);
   }
-  return "an asynchronous copy";
+  for (const auto& block : blocks)
+    for (const auto& b : block->memory_barriers)
+      if (b->who == who) return "an asynchronous copy that reports to " + b->name();
+  return "nobody";
 }
 
 void Machine::deadlock() {
@@ -138,6 +170,8 @@ void Machine::deadlock() {
               (t.ended ? ": ended" : ": at " + t.site.text());
       i = end;
     }
+    for (const auto& b : block->memory_barriers)
+      if (!b->waiting.empty()) text += "\n  " + b->state();
   }
   throw Error(text);
 }
@@ -146,7 +180,9 @@ void Machine::deadlock() {
 
 void Machine::start_cluster(std::int64_t x, std::int64_t y) {
   const auto threads = static_cast<std::size_t>(launch.threads), warps = threads / kLanes;
-  parties = 1;
+  parties = kEarlierKernels + 1;
+  cluster = {};
+  flights_.clear();
   for (int rank = 0; rank < launch.cluster; ++rank) {
     if (blocks.size() <= static_cast<std::size_t>(rank)) blocks.push_back(std::make_unique<Block>());
     Block& b = *blocks[static_cast<std::size_t>(rank)];
@@ -157,6 +193,13 @@ void Machine::start_cluster(std::int64_t x, std::int64_t y) {
     b.shared.start(launch.shared_bytes);
     b.barriers = {};
     b.warps.assign(warps, Warp());
+    b.groups.clear();
+    b.groups.resize(warps / 4);
+    b.memory_barriers.clear();
+    b.end = {};
+    b.remote.clear();
+    b.registers = 0;
+    b.short_of_registers.clear();
     b.threads.resize(threads);
     for (std::size_t i = 0; i < threads; ++i) {
       b.threads[i] = std::make_unique<Thread>();
@@ -171,7 +214,12 @@ void Machine::start_cluster(std::int64_t x, std::int64_t y) {
       b.warps[i].block = &b;
       b.warps[i].index = static_cast<int>(i);
       b.warps[i].who = parties++;
+      if (i / 4 < b.groups.size()) b.groups[i / 4].warps[i % 4] = &b.warps[i];
     }
+    for (WarpGroup& g : b.groups)
+      g.registers = launch.registers != 0 ? launch.registers : std::min(65536 / launch.threads, 256) / 8 * 8;
+    b.first_barrier = parties;
+    parties += kMostBarriers;
   }
   const Clock nothing(parties);
   for (const auto& b : blocks)
@@ -190,6 +238,11 @@ void Machine::run_cluster(const std::function<void()>& body) {
     if (Thread* next = pick()) host_.switch_to(next->fiber);
     current = nullptr;
     if (abandoning_) break;
+    if (!flights_.empty()) {
+      land_one();
+      if (abandoning_) break;
+      continue;
+    }
     bool all = true;
     for (const auto& b : blocks) all = all && b->ended == launch.threads;
     if (all) return;
@@ -211,6 +264,9 @@ void Machine::run(const Launch& l, const Options& o, const std::function<void()>
   launch = l;
   options = o;
   state_ = o.seed;
+  timing_ = o.completion;
+  if (timing_ == Completion::by_seed)
+    timing_ = o.seed == 0 ? Completion::early : o.seed == 1 ? Completion::late : Completion::random;
   const auto require = [](bool ok, const char* what) {
     if (!ok) throw Error(std::string("launch: ") + what);
   };
@@ -254,6 +310,33 @@ void together(const Site& site, void* slot, bool (*action)(Warp&)) {
   if (!action(w)) return machine.wait(site);
   for (Thread* t : w.lanes)
     if (t != &self) machine.ready(*t);
+}
+
+void together4(const Site& site, void* slot, bool (*action)(WarpGroup&)) {
+  struct Part {
+    void* slot;
+    bool (*action)(WarpGroup&);
+  };
+  Part part{slot, action};
+  together(site, &part, [](Warp& w) {
+    Block& b = *w.block;
+    if (static_cast<std::size_t>(w.index) / 4 >= b.groups.size())
+      fail(w.site.where, w.site.text() + ": this warp is not one of a whole warp group of four");
+    WarpGroup& g = b.groups[static_cast<std::size_t>(w.index) / 4];
+    const auto act = w.slot<Part>(0).action;
+    for (Thread* t : w.lanes) t->slot = static_cast<Part*>(t->slot)->slot;
+    if (!g.arrived.empty() && !(g.site == w.site))
+      fail(w.site.where,
+           "divergent: this warp is at " + w.site.text() + ", others of its warp group at " + g.site.text());
+    g.site = w.site;
+    g.arrived.push_back(&w);
+    if (g.arrived.size() < 4) return false;
+    g.arrived.clear();
+    if (!act(g)) return false;
+    for (Warp* other : g.warps)
+      if (other != &w) machine.ready(*other);
+    return true;
+  });
 }
 
 void sync_lanes(Where where) {

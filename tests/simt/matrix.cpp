@@ -30,11 +30,10 @@ void to_floats(DType type, const std::uint16_t* from, float* to, int count) {
   for (int i = 0; i < count; ++i) to[i] = awq::core::bfloat_to_float(from[i]);
 }
 
-/// d [16][8] += a [16][16] b [16][8].
-SIMT_CLONES void multiply(float (&d)[16][8], const float (&a)[16][16], const float (&b)[16][8]) {
-  for (int row = 0; row < 16; ++row)
-    for (int k = 0; k < 16; ++k)
-      for (int col = 0; col < 8; ++col) d[row][col] += a[row][k] * b[k][col];
+/// One row of d: products with `count` columns, b [16][count].
+SIMT_CLONES void add_products(float* d, const float* a, const float* b, int count) {
+  for (int k = 0; k < 16; ++k)
+    for (int col = 0; col < count; ++col) d[col] += a[k] * b[k * count + col];
 }
 
 struct Operands {
@@ -44,19 +43,16 @@ struct Operands {
 
 template <DType kType>
 bool mma_warp(Warp& w) {
-  std::uint16_t words_a[16][16], words_b[16][8];
-  float a[16][16], b[16][8], d[16][8];
+  std::uint16_t a[16][16], b[8][16];
+  float d[16][8];
   for (int lane = 0; lane < kLanes; ++lane) {
     const int r = lane / 4, t = lane % 4;
     const auto& x = w.slot<Operands>(lane);
-    for (int i = 0; i < 4; ++i) std::memcpy(&words_a[r + 8 * (i % 2)][2 * t + 8 * (i / 2)], &x.a[i], 4);
-    for (int i = 0; i < 4; ++i)
-      words_b[2 * t + 8 * (i / 2) + i % 2][r] = static_cast<std::uint16_t>(x.b[i / 2] >> (16 * (i % 2)));
+    for (int i = 0; i < 4; ++i) std::memcpy(&a[r + 8 * (i % 2)][2 * t + 8 * (i / 2)], &x.a[i], 4);
+    for (int i = 0; i < 2; ++i) std::memcpy(&b[r][2 * t + 8 * i], &x.b[i], 4);
     for (int i = 0; i < 4; ++i) d[r + 8 * (i / 2)][2 * t + i % 2] = x.d[i];
   }
-  to_floats(kType, &words_a[0][0], &a[0][0], 256);
-  to_floats(kType, &words_b[0][0], &b[0][0], 128);
-  multiply(d, a, b);
+  multiply(kType, 16, 8, &d[0][0], &a[0][0], &b[0][0]);
   for (int lane = 0; lane < kLanes; ++lane) {
     const int r = lane / 4, t = lane % 4;
     for (int i = 0; i < 4; ++i) w.slot<Operands>(lane).d[i] = d[r + 8 * (i / 2)][2 * t + i % 2];
@@ -71,6 +67,18 @@ struct Rows {
 };
 
 }  // namespace
+
+void multiply(DType type, int rows, int columns, float* d, const std::uint16_t* a, const std::uint16_t* b) {
+  float row_a[16], column_b[16], all_b[16 * 256];
+  for (int col = 0; col < columns; ++col) {
+    to_floats(type, b + col * 16, column_b, 16);
+    for (int k = 0; k < 16; ++k) all_b[k * columns + col] = column_b[k];
+  }
+  for (int row = 0; row < rows; ++row) {
+    to_floats(type, a + row * 16, row_a, 16);
+    add_products(d + row * columns, row_a, all_b, columns);
+  }
+}
 
 void mma(DType type, float* d, const std::uint32_t* a, const std::uint32_t* b, Where where) {
   Operands mine{d, a, b};

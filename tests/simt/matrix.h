@@ -46,10 +46,13 @@ inline std::uint32_t each_half(std::uint32_t a, std::uint32_t b, Op op) {
   return result;
 }
 
+/// d [rows][columns] += a [rows][16] b [columns][16]^T, b as columns one after another. Products are exact (of bf16:
+/// unless float cannot hold them); each is added to d in float32, in order of k. A GPU adds in an order and with a
+/// precision of its own; tests allow for that in their bounds.
+void multiply(DType type, int rows, int columns, float* d, const std::uint16_t* a, const std::uint16_t* b);
+
 void load_matrices(std::uint32_t* r, int count, std::uint32_t row, Where where);
 
-/// Products are exact; each is added to d in float32, in order of k. (A GPU adds in an order and with a precision of
-/// its own; tests allow for that in their bounds.)
 void mma(DType type, float* d, const std::uint32_t* a, const std::uint32_t* b, Where where);
 
 }  // namespace simt

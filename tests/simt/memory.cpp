@@ -6,13 +6,14 @@
 #include "machine.h"
 
 namespace simt {
-namespace {
 
 std::string hex(std::uint64_t value) {
   std::string digits;
   for (; value != 0 || digits.empty(); value /= 16) digits.insert(digits.begin(), "0123456789abcdef"[value % 16]);
   return "0x" + digits;
 }
+
+namespace {
 
 std::string by(const Access& access) { return machine.describe(access.epoch.who) + " at " + place(access.where); }
 
@@ -53,7 +54,9 @@ void note_read(SharedMemory& memory, std::uint32_t a, std::uint32_t bytes, const
     if (cell.write.epoch.who == 0)
       fail(where, std::string(what) + " of shared byte " + hex(at) + ": uninitialised, nobody has written it");
     if (!self.knows(cell.write.epoch))
-      fail(where, std::string(what) + " of shared byte " + hex(at) + ": race with a write by " + by(cell.write));
+      fail(where, std::string(what) + " of shared byte " + hex(at) +
+                      (cell.asynchronous ? ", for which this thread has not waited: " : ": race with a write by ") +
+                      by(cell.write));
     if (cell.barriers != memory.barriers) {  // what this block read before is known to all since
       std::erase_if(cell.reads, [&](const Access& read) { return self.knows(read.epoch); });
       cell.barriers = memory.barriers;
@@ -93,6 +96,21 @@ void note_write(SharedMemory& memory, std::uint32_t a, std::uint32_t bytes, cons
     cell.write = {self.epoch(), where};
     cell.reads.clear();
     cell.asynchronous = false;
+  });
+  memory.merge(a, bytes);
+}
+
+void note_async_write(SharedMemory& memory, std::uint32_t a, std::uint32_t bytes, Epoch epoch, const char* what,
+                      Where where) {
+  const Thread& self = *current;
+  memory.cells(a, bytes, [&](Cell& cell, std::uint32_t at) {
+    check_overwrite(cell, at, what, where);
+    if (!cell.asynchronous && cell.write.epoch.who != 0 && !self.has_fenced(cell.write.epoch))
+      fail(where,
+           std::string(what) + " to shared byte " + hex(at) + ": no fence_async after the write by " + by(cell.write));
+    cell.write = {epoch, where};
+    cell.reads.clear();
+    cell.asynchronous = true;
   });
   memory.merge(a, bytes);
 }
@@ -202,6 +220,11 @@ void start_globals() { ++launches; }
 
 namespace {
 
+void check_early(const Global::Record& r, const char* what, Where where) {
+  if (machine.launch.early && !r.weights && !current->knows({kEarlierKernels, 1}))
+    fail(where, std::string(what) + " of " + r.name + " before wait_for_earlier_kernels");
+}
+
 std::uint32_t& writer_of(Global::Record& r, std::uintptr_t at) { return r.writers[at - r.begin]; }
 
 /// Throws if the byte was written in this launch by a thread of which the current one knows nothing.
@@ -225,6 +248,7 @@ void check_writer(Global::Record& r, std::uintptr_t at, const char* what, Where 
 void check_global_read(const void* p, std::size_t bytes, std::size_t alignment, Cached cached, Where where) {
   Global::Record& r = find_global(p, bytes, alignment, "load", where);
   const auto a = reinterpret_cast<std::uintptr_t>(p);
+  check_early(r, "load", where);
   if (!r.writable) return;
   for (std::uintptr_t at = a; at < a + bytes; ++at) {
     check_writer(r, at, "load", where);
@@ -238,7 +262,8 @@ void check_global_read(const void* p, std::size_t bytes, std::size_t alignment, 
 void check_global_write(const void* p, std::size_t bytes, std::size_t alignment, Where where) {
   Global::Record& r = find_global(p, bytes, alignment, "store", where);
   const auto a = reinterpret_cast<std::uintptr_t>(p);
-  if (!r.writable) fail(where, "store to " + r.name + ", which is only to be read");
+  if (!r.writable || r.weights) fail(where, "store to " + r.name + ", which is only to be read");
+  check_early(r, "store", where);
   if (r.launch != launches) {
     r.launch = launches;
     r.writers.assign(r.end - r.begin, 0);

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <memory>
 #include <source_location>
+#include <string>
 #include <vector>
 
 #include "clock.h"
@@ -28,7 +29,7 @@ struct Cell {
   std::uint32_t barriers = 0;  // how many sync_threads had passed at the last read
   std::uint32_t in_use = 0;    // warps whose wgmma still read here
   bool arriving = false;       // `write` is that of an asynchronous copy which has not been waited for
-  bool asynchronous = false;   // the last write was not one of a thread's own
+  bool asynchronous = false;   // `write` is that of a bulk copy: who knows it has waited for the copy's barrier
   bool barrier = false;        // part of an mbarrier
 };
 
@@ -88,6 +89,14 @@ class SharedMemory {
 void note_read(SharedMemory& memory, std::uint32_t a, std::uint32_t bytes, const char* what, Where where);
 void note_write(SharedMemory& memory, std::uint32_t a, std::uint32_t bytes, const char* what, Where where);
 
+/// What a bulk copy that the current thread starts will write, as `epoch`.
+void note_async_write(SharedMemory& memory, std::uint32_t a, std::uint32_t bytes, Epoch epoch, const char* what,
+                      Where where);
+
+/// Where the 128-byte swizzle puts what belongs at an address: within 1024 bytes, which are eight rows of eight pieces
+/// of 16 bytes, piece c of row r lies at piece c ^ r.
+inline std::uint32_t swizzle128(std::uint32_t a) { return a ^ (a >> 7 & 7u) << 4; }
+
 /// Ordinary loads and stores of the current thread.
 void read_shared(std::uint32_t a, void* to, std::uint32_t bytes, Where where);
 void write_shared(std::uint32_t a, const void* from, std::uint32_t bytes, Where where);
@@ -97,5 +106,7 @@ void check_global_read(const void* p, std::size_t bytes, std::size_t alignment, 
 void check_global_write(const void* p, std::size_t bytes, std::size_t alignment, Where where);
 /// Before a launch.
 void start_globals();
+
+std::string hex(std::uint64_t value);
 
 }  // namespace simt

@@ -135,7 +135,71 @@ AWQ_DEVICE void copy_async_wait(Where where = Where::current()) {
   simt::copy_async_wait(kPending, where);
 }
 
-// --- bits ----------------------------------------------------------------------------------------------------------------
+// --- barriers in shared memory, bulk copies
+// ------------------------------------------------------------------------------
+
+AWQ_DEVICE void barrier_init(Shared barrier, int arrivals, Where where = Where::current()) {
+  simt::barrier_init(barrier, arrivals, where);
+}
+AWQ_DEVICE void fence_barriers() { simt::fence_barriers(); }
+AWQ_DEVICE void barrier_arrive(Shared barrier, Where where = Where::current()) {
+  simt::barrier_arrive(*simt::current->block, barrier, 0, "barrier_arrive", where);
+}
+AWQ_DEVICE void barrier_arrive_at(Shared barrier, int rank, Where where = Where::current()) {
+  simt::barrier_arrive(simt::block_of_cluster(rank, "barrier_arrive_at", where), barrier, 0, "barrier_arrive_at",
+                       where);
+}
+AWQ_DEVICE void barrier_expect(Shared barrier, std::uint32_t bytes, Where where = Where::current()) {
+  simt::barrier_arrive(*simt::current->block, barrier, bytes, "barrier_expect", where);
+}
+AWQ_DEVICE void barrier_wait(Shared barrier, int parity, Where where = Where::current()) {
+  simt::barrier_wait(barrier, parity, where);
+}
+AWQ_DEVICE void copy_bulk(Shared to, const void* from, std::uint32_t bytes, Shared barrier,
+                          Where where = Where::current()) {
+  simt::copy_bulk(to, from, bytes, barrier, where);
+}
+AWQ_DEVICE void copy_tensor(Shared to, const TensorMap* map, int row, int col, Shared barrier,
+                            Where where = Where::current()) {
+  simt::copy_tensor(to, map, row, col, barrier, 1u << simt::current->block->rank, "copy_tensor", where);
+}
+AWQ_DEVICE void copy_tensor_multicast(Shared to, const TensorMap* map, int row, int col, Shared barrier,
+                                      std::uint16_t blocks, Where where = Where::current()) {
+  simt::copy_tensor(to, map, row, col, barrier, blocks, "copy_tensor_multicast", where);
+}
+AWQ_DEVICE void prefetch_tensor_map(const TensorMap* map, Where where = Where::current()) {
+  simt::check_tensor_map(map, where);
+}
+AWQ_DEVICE void fence_async() { simt::fence_async(); }
+
+// --- clusters of blocks, the grid and its neighbours, registers
+// ------------------------------------------------------------
+
+AWQ_DEVICE int cluster_rank() { return simt::current->block->rank; }
+AWQ_DEVICE void cluster_arrive(Where where = Where::current()) { simt::cluster_arrive(where); }
+AWQ_DEVICE void cluster_wait(Where where = Where::current()) { simt::cluster_wait(where); }
+template <class T>
+AWQ_DEVICE T load_cluster(Shared a, int rank, Where where = Where::current()) {
+  static_assert(sizeof(T) == 4 || sizeof(T) == 16);
+  std::array<unsigned char, sizeof(T)> bytes;
+  simt::read_cluster(a, bytes.data(), sizeof(T), rank, where);
+  return std::bit_cast<T>(bytes);
+}
+
+AWQ_DEVICE void wait_for_earlier_kernels() { simt::wait_for_earlier_kernels(); }
+AWQ_DEVICE void let_next_kernel_start() {}
+
+template <int kCount>
+AWQ_DEVICE void give_registers(Where where = Where::current()) {
+  simt::change_registers(kCount, false, where);
+}
+template <int kCount>
+AWQ_DEVICE void take_registers(Where where = Where::current()) {
+  simt::change_registers(kCount, true, where);
+}
+
+// --- bits
+// ----------------------------------------------------------------------------------------------------------------
 
 AWQ_DEVICE std::uint32_t select_or(std::uint32_t bits, std::uint32_t mask, std::uint32_t with) {
   return (bits & mask) | with;
@@ -176,6 +240,28 @@ AWQ_DEVICE void mma(float (&d)[4], const std::uint32_t (&a)[4], const std::uint3
                     Where where = Where::current()) {
   static_assert(kType == DType::f16 || kType == DType::bf16);
   simt::mma(kType, d, a, b, where);
+}
+
+// --- matrix units for a warp group
+// -----------------------------------------------------------------------------------------
+
+AWQ_DEVICE void wgmma_fence(Where where = Where::current()) { simt::wgmma_fence(where); }
+AWQ_DEVICE void wgmma_commit(Where where = Where::current()) { simt::wgmma_commit(where); }
+template <int kPending>
+AWQ_DEVICE void wgmma_wait(Where where = Where::current()) {
+  static_assert(kPending >= 0 && kPending < 8);
+  simt::wgmma_wait(kPending, where);
+}
+template <DType kType, int kColumns>
+AWQ_DEVICE void wgmma(float (&d)[kColumns / 2], const std::uint32_t (&a)[4], std::uint64_t b, bool accumulate,
+                      Where where = Where::current()) {
+  static_assert(kType == DType::f16 || kType == DType::bf16);
+  static_assert(kColumns % 8 == 0 && kColumns >= 8 && kColumns <= 256);
+  simt::wgmma(kType, kColumns, d, a, b, accumulate, where);
+}
+template <int kCount>
+AWQ_DEVICE void wgmma_settle(float (&d)[kCount], Where where = Where::current()) {
+  simt::wgmma_settle(d, where);
 }
 
 }  // namespace awq::cuda::ptx

@@ -1,43 +1,18 @@
 // The interpreter itself: what is right runs, under every order of threads; what is wrong is named.
-#include <functional>
+#include <cstring>
 #include <string>
 #include <vector>
 
 #include "cpp/catch.hpp"
 #include "cpp/data.h"
 #include "cuda/ptx.cuh"
+#include "simt/planted.h"
 #include "simt/simt.h"
 
 using namespace awq::cuda;
+using namespace simt::test;
 
 namespace {
-
-/// The message of the Error that must come, under every seed.
-std::string error_of(const simt::Launch& launch, const std::function<void()>& body) {
-  std::string text;
-  for (std::uint64_t seed = 0; seed < 8; ++seed) {
-    CAPTURE(seed);
-    try {
-      simt::run(launch, {.seed = seed}, body);
-      FAIL("no error");
-    } catch (const simt::Error& error) {
-      text = error.what();
-    }
-  }
-  return text;
-}
-
-bool contains(const std::string& text, const std::string& part) {
-  UNSCOPED_INFO(text);
-  return text.find(part) != std::string::npos;
-}
-
-void run_seeds(const simt::Launch& launch, const std::function<void()>& body) {
-  for (std::uint64_t seed = 0; seed < 16; ++seed) {
-    CAPTURE(seed);
-    simt::run(launch, {.seed = seed}, body);
-  }
-}
 
 constexpr simt::Launch kOneWarp{.threads = 32, .shared_bytes = 1024};
 constexpr simt::Launch kBlock{.threads = 128, .shared_bytes = 4096};
@@ -78,7 +53,7 @@ TEST_CASE("simt: what a warp exchanges orders no memory; sync_warp does") {
       ptx::sync_warp();
     else
       ptx::ballot(true);
-    if (ptx::load_shared<std::uint32_t>(s + 4 * (i ^ 1)) != (i ^ 1)) throw simt::Error("wrong value");
+    expect(ptx::load_shared<std::uint32_t>(s + 4 * (i ^ 1)) == (i ^ 1));
   };
   run_seeds(kOneWarp, [&] { body(true); });
   REQUIRE(contains(error_of(kOneWarp, [&] { body(false); }), "race"));
@@ -91,7 +66,7 @@ TEST_CASE("simt: reads must be over before the next write") {
     for (std::uint32_t step = 0; step < 3; ++step) {
       ptx::store_shared(s + 4 * i, i + step);
       ptx::sync_threads();
-      if (ptx::load_shared<std::uint32_t>(s + 4 * (i ^ 64)) != (i ^ 64) + step) throw simt::Error("wrong value");
+      expect(ptx::load_shared<std::uint32_t>(s + 4 * (i ^ 64)) == (i ^ 64) + step);
       if (sync) ptx::sync_threads();
     }
   };
@@ -141,9 +116,9 @@ TEST_CASE("simt: global memory that nobody or somebody else has written") {
 TEST_CASE("simt: shuffles") {
   run_seeds(kOneWarp, [] {
     const int i = ptx::thread();
-    if (ptx::shuffle(10 * i, 5) != 50 || ptx::shuffle_xor(i * 1.0, 4) != (i ^ 4) ||
-        ptx::ballot(i % 3 == 0) != 0x49249249u)
-      throw simt::Error("wrong value");
+    expect(ptx::shuffle(10 * i, 5) == 50);
+    expect(ptx::shuffle_xor(i * 1.0, 4) == (i ^ 4));
+    expect(ptx::ballot(i % 3 == 0) == 0x49249249u);
   });
   const auto text = error_of(kOneWarp, [] {
     if (ptx::thread() < 16)
@@ -186,7 +161,7 @@ TEST_CASE("simt: named barriers order those who meet there") {
       return;
     }
     ptx::sync_some(arrive ? 1 : 3, arrive ? 128 : 64);
-    if (ptx::load_shared<std::uint32_t>(s + 4 * (i - 64)) != i - 64) throw simt::Error("wrong value");
+    expect(ptx::load_shared<std::uint32_t>(s + 4 * (i - 64)) == i - 64);
   };
   run_seeds(kBlock, [&] { body(true); });
   bool caught = false;
@@ -212,7 +187,7 @@ TEST_CASE("simt: asynchronous copies") {
     if (sync) ptx::sync_threads();
     const auto got = ptx::load_shared<Vector>(s + 16 * (i ^ 1));
     for (std::uint32_t j = 0; j < 4; ++j)
-      if (got.word[j] != (static_cast<int>(j) * 4 < bytes ? 4 * (i ^ 1) + j + 1 : 0)) throw simt::Error("wrong value");
+      expect(got.word[j] == (static_cast<int>(j) * 4 < bytes ? 4 * (i ^ 1) + j + 1 : 0));
     ptx::copy_async_wait<0>();
   };
   run_seeds(kOneWarp, [&] { body(true, true, 16); });
