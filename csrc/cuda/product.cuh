@@ -27,11 +27,14 @@ static_assert(kProductSide * kProductSide == kThreads && kProductSide * 8 == kPr
 /// loads of neighbouring threads are neighbours.
 AWQ_DEVICE int product_index(int side, int i) { return i / 4 * (kProductTile / 2) + side * 4 + i % 4; }
 
+AWQ_DEVICE int part_of_tile(std::int64_t left) { return static_cast<int>(smaller(left, kProductTile)); }
+
 /// A matrix of factors, from the first of a tile on: the one at depth i, index j of the tile is
 /// data[i * depth_stride + j * index_stride]. Where i >= depths or j >= indices there is none.
 struct Factors {
   const float* data;
-  std::int64_t depths, indices, depth_stride, index_stride;
+  int depths, indices;  // a k x k matrix fits no memory where k does not fit an int
+  std::int64_t depth_stride, index_stride;
 };
 
 /// Of the factors of a step, those that a thread moves. kAlongDepth: factors at neighbouring depths are neighbours in
@@ -45,7 +48,7 @@ class ProductShare {
   /// Takes the factors of depths depth .. depth + kProductDepth - 1, 0 where there are none; steps come in their order.
   /// use(x, depth, index) is what counts of a factor x.
   template <class Use>
-  AWQ_DEVICE void fetch(std::int64_t depth, const Use& use) {
+  AWQ_DEVICE void fetch(int depth, const Use& use) {
     for (int u = 0; u < kProductShare; ++u) {
       const bool inside = depth + depth_of(u) < from_.depths && index_of(u) < from_.indices;
       const std::int64_t further = kAlongDepth ? kIndices * u * from_.index_stride : kDepths * u * from_.depth_stride;
@@ -94,7 +97,7 @@ AWQ_DEVICE void multiply_tile(const Factors& left, const LeftUse& left_use, cons
   rows.fetch(0, left_use), columns.fetch(0, right_use);
   ptx::sync_threads();  // nobody reads what an earlier product left in shared memory
   ptx::Shared here = ptx::dynamic_shared(), other = here + 2 * kProductOperand;
-  for (std::int64_t depth = 0; depth < left.depths; depth += kProductDepth) {
+  for (int depth = 0; depth < left.depths; depth += kProductDepth) {
     rows.put(here), columns.put(here + kProductOperand);
     // One barrier a step suffices: whoever writes here again has passed the next one, which all reach after reading.
     ptx::sync_threads();
@@ -122,27 +125,28 @@ AWQ_DEVICE void gram_body(const core::GramArgs& a) {
   for (std::int64_t tile = ptx::block_x(); tile < side * side; tile += ptx::grid_x()) {
     const std::int64_t first_row = tile / side * kProductTile, first_column = tile % side * kProductTile;
     if (first_row > first_column) continue;
-    const Factors rows{a.x + first_row, a.t, a.k - first_row, a.x_stride, 1};
-    const Factors columns{a.x + first_column, a.t, a.k - first_column, a.x_stride, 1};
-    const auto rounded = [&](float x, std::int64_t, int) {
+    const Factors rows{a.x + first_row, static_cast<int>(a.t), part_of_tile(a.k - first_row), a.x_stride, 1};
+    const Factors columns{a.x + first_column, static_cast<int>(a.t), part_of_tile(a.k - first_column), a.x_stride, 1};
+    const auto rounded = [&](float x, int, int) {
       return a.bfloat16 ? core::bfloat_to_float(core::float_to_bfloat(x)) : x;
     };
     float sum[8][8];
     multiply_tile<false>(rows, rounded, columns, rounded, sum);
-    for (int r = 0; r < 8; ++r)
+    for (int r = 0; r < 8; ++r) {
+      const std::int64_t i = first_row + product_index(ptx::thread() / kProductSide, r);
       for (int c = 0; c < 8; ++c) {
-        const std::int64_t i = first_row + product_index(ptx::thread() / kProductSide, r);
         const std::int64_t j = first_column + product_index(ptx::thread() % kProductSide, c);
         if (i > j || j >= a.k) continue;
         float* place = a.sums + i * a.k + j;
         ptx::store(place, ptx::load(place) + sum[r][c]);
       }
+    }
   }
 }
 
 /// partial[batch, column tile, row] = the part of d G d^T that the tile's columns j make: over all i <= j of
-/// d_i t_ij d_j, t_ij = G_ij, doubled off the diagonal (core's packed triangle). Sums over i are float32, the others
-/// float64.
+/// d_i t_ij d_j, t_ij = G_ij, doubled off the diagonal (core's packed triangle). Sums over i, and over the columns of a
+/// thread, are float32, the others float64, as on a CPU.
 AWQ_DEVICE void loss_body(const LossArgs& a) {
   const std::int64_t down = product_tiles(a.rows), across = product_tiles(a.k);
   for (std::int64_t tile = ptx::block_x(); tile < a.batches * down * across; tile += ptx::grid_x()) {
@@ -152,23 +156,23 @@ AWQ_DEVICE void loss_body(const LossArgs& a) {
     const std::int64_t first_row = tile / across % down * kProductTile, first_column = column_tile * kProductTile;
     const float* d = a.d + batch * a.rows * a.k;
     const float* gram = a.gram + batch * a.k * (a.gram_stride + 1);
-    const std::int64_t depths = smaller(a.k, first_column + kProductTile);
-    const Factors errors{d + first_row * a.k, depths, a.rows - first_row, 1, a.k};
-    const Factors entries{gram + first_column, depths, a.k - first_column, a.gram_stride, 1};
-    const auto doubled = [&](float g, std::int64_t i, int index) {
-      const std::int64_t j = first_column + index;
-      return i < j ? 2.0f * g : (i == j ? g : 0.0f);
+    const auto depths = static_cast<int>(smaller(a.k, first_column + kProductTile));
+    const Factors errors{d + first_row * a.k, depths, part_of_tile(a.rows - first_row), 1, a.k};
+    const Factors entries{gram + first_column, depths, part_of_tile(a.k - first_column), a.gram_stride, 1};
+    const auto doubled = [column = static_cast<int>(first_column)](float g, int i, int index) {
+      return i < column + index ? 2.0f * g : (i == column + index ? g : 0.0f);
     };
     float sum[8][8];
-    multiply_tile<true>(errors, [](float x, std::int64_t, int) { return x; }, entries, doubled, sum);
+    multiply_tile<true>(errors, [](float x, int, int) { return x; }, entries, doubled, sum);
     for (int r = 0; r < 8; ++r) {
       const int row = product_index(ptx::thread() / kProductSide, r);
-      double total = 0.0;
+      float products = 0.0f;
       for (int c = 0; c < 8; ++c) {
         const std::int64_t column = first_column + product_index(ptx::thread() % kProductSide, c);
         if (column < a.k && row < errors.indices)
-          total += static_cast<double>(sum[r][c]) * static_cast<double>(ptx::load(errors.data + row * a.k + column));
+          products = std::fma(sum[r][c], ptx::load(errors.data + row * a.k + column), products);
       }
+      double total = products;
       for (int distance = kProductSide / 2; distance > 0; distance /= 2) total += ptx::shuffle_xor(total, distance);
       if (ptx::thread() % kProductSide == 0 && row < errors.indices)
         ptx::store(a.partial + (batch * across + column_tile) * a.rows + first_row + row, total);
