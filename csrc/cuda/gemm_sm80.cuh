@@ -3,10 +3,11 @@
 // Step after step, x, codes, scales and zeros come by asynchronous copies to a ring of stages in shared memory, some
 // steps ahead of the products. What lies outside the matrices becomes zeros there: of x, because codes beyond k are
 // padding and must add nothing, and of scales, because 0 times what happens to lie there could be NaN. Rows and tokens
-// outside mix with no others; their sums are not stored.
+// outside mix with no others; their sums are not stored. The weight and rows of x lie at multiples of 16 bytes.
 #pragma once
 #include <cmath>
 
+#include "../core/linear.h"
 #include "dequant.cuh"
 #include "gemm_sm80.h"
 #include "reduce.cuh"

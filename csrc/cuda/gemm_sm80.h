@@ -11,7 +11,6 @@
 #include <cstdint>
 
 #include "../core/layout.h"
-#include "../core/linear.h"
 #include "plan.h"
 
 namespace awq::cuda {
@@ -61,15 +60,6 @@ constexpr std::int64_t gemm_sm80_most_tokens(int arch) {
     case 11: return 120;
     default: return 1500;
   }
-}
-
-/// Whether the kernel can have x and the weight where they lie: it copies 16 bytes at a time.
-inline bool gemm_sm80_aligned(const core::LinearArgs& a) {
-  const auto aligned = [](const void* p, std::uintptr_t bytes) {
-    return reinterpret_cast<std::uintptr_t>(p) % bytes == 0;
-  };
-  return aligned(a.x, 16) && a.x_stride % 8 == 0 && aligned(a.qweight, 16) && aligned(a.scales, 16) &&
-         aligned(a.qzeros, 16) && aligned(a.y, 8);
 }
 
 /// Groups that 16 k never belong to two of. Offsets of rows and steps are ints in the kernel, of elements not.

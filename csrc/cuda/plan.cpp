@@ -38,8 +38,8 @@ CudaPlan plan_cuda(std::int64_t m, std::int64_t n, std::int64_t k, std::int64_t 
     return plan_dequantize("the kernels multiply float16 and bfloat16 only");
   if (decode_can(p, gpu)) return decode_plan(p, gpu);
   if (const auto plan = plan_gemm_sm90(p, gpu)) return *plan;
-  const auto gemm = gemm_sm80_plan(p, gpu);
-  if (gemm && m <= gemm_sm80_most_tokens(gpu.arch)) return *gemm;
+  const bool gemm = gemm_sm80_can(p, gpu);
+  if (gemm && m <= gemm_sm80_most_tokens(gpu.arch)) return gemm_sm80_plan(p, gpu);
   if (gemm) return plan_dequantize("so many rows that torch's product is worth one more pass over the weight");
   if (gpu.arch < 80) return plan_dequantize("before sm_80 the kernels have float16 and few rows only");
   return plan_dequantize("the kernels have no such groups or sizes");
