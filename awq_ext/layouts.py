@@ -194,9 +194,9 @@ def fragments_can_have(in_features: int, group_size: int) -> bool:
 
 
 def repack_scales(scales: Tensor, src: str, dst: str) -> Tensor:
-    """Scales [G, n] in the order of layout ``src`` -> the same in that of ``dst``; "gemm" is the natural one.
+    """Scales [G, n] in the order of layout ``src`` -> the same in that of ``dst``.
 
-    For layouts that are computed on: gemm, strips and fragments.
+    For the layouts that are computed on: gemm, where the order is the natural one, strips and fragments.
     """
     if src == dst:
         return scales

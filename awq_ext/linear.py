@@ -244,16 +244,59 @@ def best_layout(group_size: int, in_features: int, device: str) -> str:
     return "gemm"
 
 
-def explain(layer: AwqLinear, m: int, dtype: torch.dtype = torch.float32) -> str:
-    """How the layer multiplies ``m`` rows of inputs in ``dtype``: the kernel, and why that one. A line of text."""
-    if layer.qweight.device.type != "cpu":
-        return f"{layer.layout} on {layer.qweight.device}: the weight is dequantized to {dtype}, and torch multiplies"
+def explain(layer: AwqLinear, m: int, dtype: torch.dtype | None = None, gpu: str | None = None) -> str:
+    """How the layer multiplies ``m`` rows of inputs in ``dtype``: the kernel, and why that one. A line of text.
+
+    ``dtype`` None is float32 on a CPU and the dtype of scales elsewhere. With ``gpu``, the name of an architecture such
+    as "sm_90", the answer is for the layer on a GPU of that kind, and there need not be one. Raises ValueError for an
+    architecture that is not known.
+    """
+    device = layer.qweight.device
+    if gpu is not None or device.type == "cuda":
+        return _explain_cuda(layer, m, dtype or layer.scales.dtype, device, gpu)
+    if device.type != "cpu":
+        dtype = dtype or layer.scales.dtype
+        return f"{layer.layout} on {device}: the weight is dequantized to {dtype}, and torch multiplies"
+    dtype = dtype or torch.float32
     activation = resolve_activation(layer.activation, dtype)
     plan = _library.native().plan_linear(
-        m, layer.out_features, layer.in_features, str(dtype).removeprefix("torch."), layer.layout, activation
+        m, layer.out_features, layer.in_features, _name(dtype), layer.layout, activation
     )
     pieces = f"{plan['tiles']} pieces of {plan['tile']} columns"
     return f"{plan['kernel']} at level {plan['level']}, {pieces} over {torch.get_num_threads()} threads: {plan['why']}"
+
+
+def _explain_cuda(layer: AwqLinear, m: int, dtype: torch.dtype, device: torch.device, gpu: str | None) -> str:
+    if gpu is None and layer.layout != "fragments":
+        return f"{layer.layout} on {device}: the weight is dequantized to {dtype}, and torch multiplies"
+    if gpu is None:
+        found = torch.cuda.get_device_properties(device)
+        facts = {
+            "arch": 10 * found.major + found.minor,
+            "sms": found.multi_processor_count,
+            "shared_bytes": getattr(found, "shared_memory_per_block_optin", 0),  # 0: as GPUs of the kind have
+        }
+    else:
+        digits = gpu.removeprefix("sm_").rstrip("a")
+        if not digits.isdecimal():
+            raise ValueError(f"explain: gpu must be the name of an architecture, such as 'sm_90', got {gpu!r}")
+        facts = {"arch": int(digits)}
+    shape = (m, layer.out_features, layer.in_features, layer.group_size)
+    plan = _library.native().plan_cuda(*shape, dtype=_name(dtype), scale_dtype=_name(layer.scales.dtype), **facts)
+    where = gpu or f"{device} (sm_{facts['arch']})"
+    if plan["kernel"] == "dequantize":
+        return f"dequantize on {where}, the weight to {dtype}, and torch multiplies: {plan['why']}"
+    (rows, tokens), (x, y) = plan["tile"], plan["grid"]
+    shared = [f", {plan[name]} {text}" for name, text in _DIVIDED.items() if plan[name] > 1]
+    blocks = f"{x * y} blocks for {rows} columns and {tokens} rows each{''.join(shared)}"
+    return f"{plan['kernel']} on {where}, {blocks}: {plan['why']}"
+
+
+_DIVIDED = {"cluster": "of them to a cluster", "splits": "parts of in_features"}  # of a plan, if there are several
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def why_not(in_features: int, out_features: int, group_size: int) -> str | None:

@@ -1,5 +1,3 @@
-#include <bit>
-
 #include "decode.cuh"
 #include "launch.h"
 
@@ -9,11 +7,12 @@ namespace {
 /// Two blocks to a multiprocessor at least.
 template <DType kType, int kTiles, int kUnit>
 __global__ void __launch_bounds__(kDecodeThreads, 2)
-    decode_kernel(const __grid_constant__ core::LinearArgs args, int strips_log, int splits, float* partials) {
+    decode_kernel(const __grid_constant__ core::LinearArgs args, const __grid_constant__ DecodeCut cut,
+                  float* partials) {
 #if __CUDA_ARCH__ >= 800
-  decode_body<kType, kTiles, kUnit>(args, strips_log, splits, partials);
+  decode_body<kType, kTiles, kUnit>(args, cut, partials);
 #else  // sm_75 has no products of bfloat16
-  if constexpr (kType == DType::f16) decode_body<kType, kTiles, kUnit>(args, strips_log, splits, partials);
+  if constexpr (kType == DType::f16) decode_body<kType, kTiles, kUnit>(args, cut, partials);
 #endif
 }
 
@@ -30,9 +29,8 @@ cudaError_t launch(const core::LinearArgs& args, const CudaPlan& plan, void* wor
   config.attrs = &attribute;
   config.numAttrs = plan.cluster > 1 ? 1 : 0;
   auto* const partials = static_cast<float*>(plan.workspace_bytes > 0 ? workspace : nullptr);
-  const cudaError_t e =
-      cudaLaunchKernelEx(&config, decode_kernel<kType, kTiles, kUnit>, args,
-                         std::countr_zero(static_cast<unsigned>(plan.tile_n) / 16), plan.splits, partials);
+  const cudaError_t e = cudaLaunchKernelEx(&config, decode_kernel<kType, kTiles, kUnit>, args,
+                                           decode_cut(plan, args.k, args.group), partials);
   return e != cudaSuccess || partials == nullptr ? e : reduce(args, partials, plan.splits, stream);
 }
 

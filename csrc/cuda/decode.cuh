@@ -33,7 +33,7 @@ AWQ_DEVICE void unrolled(F f) {
 }
 
 /// What part of W a warp multiplies: `count` steps, the i-th of them step first + i * parts of k, of one strip. All
-/// that counts along k, and blocks, fit 32 bits (decode.h), where division is cheap.
+/// that counts along k, and blocks, fit 32 bits (decode.h).
 struct DecodeShare {
   int strip, parts, part;
   std::int64_t row;       // of W, the first of the strip
@@ -41,16 +41,15 @@ struct DecodeShare {
   int begin, end, steps;  // of the block, and all
   int first, count;       // of the warp
 
-  AWQ_DEVICE DecodeShare(const core::LinearArgs& a, int strips_log, int splits) {
-    const int warp = ptx::thread() / 32;
-    const auto block = static_cast<std::uint32_t>(ptx::block_x()), blocks = static_cast<std::uint32_t>(splits);
-    strip = warp & ((1 << strips_log) - 1), parts = kDecodeWarps >> strips_log, part = warp >> strips_log;
-    row = ((std::int64_t{block / blocks} << strips_log) + strip) * core::kFragmentRows;
-    rank = static_cast<int>(block % blocks);
-    steps = (static_cast<int>(a.k) + kDecodeStep - 1) / kDecodeStep;
-    begin = steps * rank / splits, end = steps * (rank + 1) / splits;
+  AWQ_DEVICE DecodeShare(const core::LinearArgs& a, const DecodeCut& cut) {
+    const int warp = ptx::thread() / 32, block = static_cast<int>(ptx::block_x());
+    strip = warp & ((1 << cut.strips_log) - 1), parts = decode_parts(cut.strips_log), part = warp >> cut.strips_log;
+    row = ((std::int64_t{block >> cut.splits_log} << cut.strips_log) + strip) * core::kFragmentRows;
+    rank = block & ((1 << cut.splits_log) - 1);
+    steps = static_cast<int>((a.k + kDecodeStep - 1) / kDecodeStep);
+    begin = steps * rank >> cut.splits_log, end = steps * (rank + 1) >> cut.splits_log;
     first = begin + part;
-    count = row < a.n && first < end ? (end - first + parts - 1) / parts : 0;
+    count = row < a.n && first < end ? (end - first + parts - 1) >> (3 - cut.strips_log) : 0;
   }
 };
 
@@ -59,20 +58,28 @@ struct DecodeShare {
 /// touched.
 AWQ_DEVICE void fill_stage(const core::LinearArgs& a, ptx::Shared stage, int pieces_log, int step, int end,
                            bool aligned) {
-  for (int i = ptx::thread(); i < static_cast<int>(a.m) << pieces_log; i += kDecodeThreads) {
-    const int row = i >> pieces_log, piece = i & ((1 << pieces_log) - 1);
-    if (step + piece / 8 >= end) continue;
-    const int col = step * kDecodeStep + piece * 8, left = static_cast<int>(a.k) - col;
-    const int count = left < 0 ? 0 : left < 8 ? left : 8;
-    const auto* from = static_cast<const std::uint16_t*>(a.x) + row * a.x_stride + (count > 0 ? col : 0);
-    const ptx::Shared to = stage + static_cast<ptx::Shared>(i ^ (row & 7)) * 16;
-    if (aligned) {
-      ptx::copy_async(to, from, 2 * count);
-    } else {
-      Vector v{};
-      for (int e = 0; e < 8; ++e)
-        if (e < count) v.word[e / 2] |= std::uint32_t{ptx::load(from + e)} << (e % 2 * 16);
-      ptx::store_shared(to, v);
+  const auto* const x = static_cast<const std::uint16_t*>(a.x) + std::int64_t{step} * kDecodeStep;
+  const int left = static_cast<int>(a.k) - step * kDecodeStep, pieces = 1 << pieces_log;
+  const auto at = [&](int row, int piece) {
+    return stage + static_cast<ptx::Shared>(row << pieces_log | (piece ^ (row & 7))) * 16;
+  };
+  if (aligned) {
+#pragma unroll 1
+    for (int i = ptx::thread(); i < static_cast<int>(a.m) << pieces_log; i += kDecodeThreads) {
+      const int row = i >> pieces_log, piece = i & (pieces - 1), count = left - piece * 8;
+      if (step + piece / 8 < end)
+        ptx::copy_async(at(row, piece), x + row * a.x_stride + (count > 0 ? piece * 8 : 0),
+                        count < 0   ? 0
+                        : count < 8 ? count * 2
+                                    : 16);
+    }
+  } else {
+#pragma unroll 1
+    for (int i = ptx::thread(); i < static_cast<int>(a.m) << (pieces_log + 3); i += kDecodeThreads) {
+      const int row = i >> (pieces_log + 3), col = i & (pieces * 8 - 1);
+      if (step + col / kDecodeStep < end)
+        ptx::store_shared(at(row, col / 8) + col % 8 * 2,
+                          col < left ? ptx::load(x + row * a.x_stride + col) : std::uint16_t{0});
     }
   }
 }
@@ -84,53 +91,50 @@ template <int kUnit>
 class DecodeGroups {
  public:
   static constexpr int kUnits = kDecodeStep / kUnit;  // of a step
-  static constexpr int kSlots = kUnits * kDecodeAhead / 4;
+  static constexpr int kSlots = kUnits == 1 ? 2 : 4;  // of four units each
 
-  AWQ_DEVICE DecodeGroups(const core::LinearArgs& a, const DecodeShare& share)
-      : type_(a.scale_type), stride_(4 * share.parts) {
-    const int t = ptx::thread() % 4, r = ptx::thread() % 32 / 4, size = core::size_of(a.scale_type);
-    const int units = (static_cast<int>(a.k) + kUnit - 1) / kUnit, end = share.count > 0 ? share.end * kUnits : 0;
+  AWQ_DEVICE DecodeGroups(const core::LinearArgs& a, const DecodeCut& cut, const DecodeShare& share)
+      : stride_(4 * share.parts),
+        reciprocal_(cut.reciprocal),
+        wide_(a.scale_type == DType::f32),
+        half_(a.scale_type == DType::f16),
+        with_zeros_(a.qzeros != nullptr) {
+    const int t = ptx::thread() % 4, r = ptx::thread() % 32 / 4, size = wide_ ? 4 : 2;
+    const int units = static_cast<int>((a.k + kUnit - 1) / kUnit), end = share.end * kUnits;
     unit_ = (share.first + t / kUnits * share.parts) * kUnits + t % kUnits;
-    end_ = end < units ? end : units;
+    end_ = share.count == 0 ? 0 : end < units ? end : units;
 
-    const auto d = static_cast<std::uint32_t>(a.group) / kUnit;
-    const auto groups = static_cast<std::uint32_t>(a.k) / static_cast<std::uint32_t>(a.group);
-    const std::int64_t column = share.row + r, place = core::fragment_scale(a.n, groups, 0, column);
+    const std::int64_t groups = cut.groups, column = share.row + r,
+                       place = core::fragment_scale(a.n, groups, 0, column);
     scales_ = static_cast<const char*>(a.scales) + place * size;
-    scale_stride_ = static_cast<int>(core::fragment_scale(a.n, groups, 1, column) - place) * size;
+    scale_stride_ = static_cast<std::uint32_t>(core::fragment_scale(a.n, groups, 1, column) - place) * size;
     // In a strip of eight rows there is no r + 8; anything may stand for it.
     high_ = share.row + 16 <= a.n ? size : 0;
-    zeros_ = a.qzeros == nullptr
-                 ? nullptr
-                 : reinterpret_cast<const std::uint8_t*>(a.qzeros) +
-                       share.row / core::kPanelColumns * groups * kZeroBytes + share.row % core::kPanelColumns / 2 + r;
-    // Unit u is in group u / d for groups of d units: u * c / 2^31 rounded down, with c = 2^31 / d rounded up. For
-    // c d = 2^31 + e, e < d, the product is u / d + u e / (d 2^31), and less than u / d + 1 / d, because u < 2^16 (k is
-    // at most 2^20) and d <= 2^15 (there are two groups at least).
-    reciprocal_ = groups == 1 ? 0 : ((std::uint32_t{1} << 31) + d - 1) / d;
+    zeros_ = reinterpret_cast<const std::uint8_t*>(a.qzeros) + share.row / core::kPanelColumns * groups * kZeroBytes +
+             share.row % core::kPanelColumns / 2 + r;
   }
 
   /// Begins to load the next four units into a slot.
   template <int kSlot>
   AWQ_DEVICE void load() {
-    Raw& raw = raw_[kSlot];
-    raw = {0, 0, kSymmetricZeros};
+    Raw raw{0, 0, kSymmetricZeros};
     if (unit_ < end_) {
-      const auto g = static_cast<int>(static_cast<std::uint64_t>(unit_) * reciprocal_ >> 31);
-      const char* const low = scales_ + std::int64_t{g} * scale_stride_;
-      if (type_ == DType::f32) {
+      const auto g = static_cast<std::uint32_t>(std::uint64_t{static_cast<std::uint32_t>(unit_)} * reciprocal_ >> 31);
+      const char* const low = scales_ + std::uint64_t{g} * scale_stride_;
+      if (wide_) {
         raw.low = ptx::load_constant(reinterpret_cast<const std::uint32_t*>(low));
         raw.high = ptx::load_constant(reinterpret_cast<const std::uint32_t*>(low + high_));
       } else {
         raw.low = ptx::load_constant(reinterpret_cast<const std::uint16_t*>(low));
         raw.high = ptx::load_constant(reinterpret_cast<const std::uint16_t*>(low + high_));
       }
-      if (zeros_ != nullptr) raw.zeros = ptx::load_constant(zeros_ + std::int64_t{g} * kZeroBytes);
+      if (with_zeros_) raw.zeros = ptx::load_constant(zeros_ + std::uint64_t{g} * kZeroBytes);
     }
+    raw_[kSlot] = raw;
     unit_ += stride_;
   }
 
-  /// From here on unit() is about that slot, which may be loaded anew.
+  /// From here on unit() is about that slot.
   template <int kSlot>
   AWQ_DEVICE void take() {
     now_ = {to_float(raw_[kSlot].low), to_float(raw_[kSlot].high), raw_[kSlot].zeros};
@@ -150,16 +154,15 @@ class DecodeGroups {
 
   AWQ_DEVICE float to_float(std::uint32_t bits) const {
     const float half = ptx::to_float<DType::f16>(static_cast<std::uint16_t>(bits));
-    return type_ == DType::f16 ? half : std::bit_cast<float>(type_ == DType::f32 ? bits : bits << 16);
+    return half_ ? half : std::bit_cast<float>(wide_ ? bits : bits << 16);
   }
 
   struct Raw {
     std::uint32_t low, high, zeros;
   };
-  DType type_;
-  int stride_, unit_, end_;  // of this lane's units
-  int scale_stride_, high_;  // bytes from group to group, and to the scale of r + 8
-  std::uint32_t reciprocal_;
+  int stride_, unit_, end_;                         // of this lane's units
+  std::uint32_t reciprocal_, scale_stride_, high_;  // bytes from group to group, and to the scale of r + 8
+  bool wide_, half_, with_zeros_;
   const char* scales_;  // of r, in group 0
   const std::uint8_t* zeros_;
   Raw raw_[kSlots];
@@ -167,30 +170,31 @@ class DecodeGroups {
 };
 
 /// kTiles tiles of eight tokens; kUnit: what is sure to be in one group (64 also for one group of any size).
-/// splits > 1 blocks share k, neighbours along x: a cluster, or any blocks that leave their sums in partials
+/// Blocks that share k are neighbours along x: a cluster, or any blocks that leave their sums in partials
 /// [splits][m][n].
 template <DType kType, int kTiles, int kUnit>
-AWQ_DEVICE void decode_body(const core::LinearArgs& a, int strips_log, int splits, float* partials) {
+AWQ_DEVICE void decode_body(const core::LinearArgs& a, const DecodeCut& cut, float* partials) {
   static_assert(kUnit == 16 || kUnit == 32 || kUnit == 64);
-  const int lane = ptx::thread() % 32, m = static_cast<int>(a.m), strips = 1 << strips_log;
-  const DecodeShare share(a, strips_log, splits);
+  using Groups = DecodeGroups<kUnit>;
+  const int lane = ptx::thread() % 32, m = static_cast<int>(a.m), pieces_log = decode_pieces_log(cut.strips_log);
+  const DecodeShare share(a, cut);
   const ptx::Shared shared = ptx::dynamic_shared();
-  const int pieces_log = decode_pieces_log(strips_log);
   const auto stage = [&](int i) {
     return shared + kDecodeX + static_cast<ptx::Shared>(i % kDecodeStages * m << (pieces_log + 4));
   };
 
   // W is nobody's output, and may be read before earlier kernels have ended.
-  Vector words[kDecodeAhead];
-  const auto* first = reinterpret_cast<const Vector*>(a.qweight) +
-                      (share.row / core::kPanelColumns * share.steps + share.first) * 128 +
-                      share.row % core::kPanelColumns * 2 + lane;
-  const auto load_step = [&](auto s) { return ptx::load_once(first + std::int64_t{share.parts} * (s * 128)); };
-  unrolled<kDecodeAhead>([&](auto s) {
-    if (s < share.count) words[s] = load_step(s);
-  });
-  DecodeGroups<kUnit> groups(a, share);
-  unrolled<DecodeGroups<kUnit>::kSlots>([&](auto s) { groups.template load<s>(); });
+  Vector words[kDecodeAhead] = {};
+  const auto* next = reinterpret_cast<const Vector*>(a.qweight) +
+                     (share.row / core::kPanelColumns * share.steps + share.first) * 128 +
+                     share.row % core::kPanelColumns * 2 + lane;
+  const auto load_step = [&](auto s, bool is) {
+    ptx::load_once_if(is, next, words[s]);
+    next += share.parts * 128;
+  };
+  unrolled<kDecodeAhead>([&](auto s) { load_step(s, s < share.count); });
+  Groups groups(a, cut, share);
+  unrolled<Groups::kSlots>([&](auto s) { groups.template load<s>(); });
 
   ptx::wait_for_earlier_kernels();
   const bool aligned = reinterpret_cast<std::uintptr_t>(a.x) % 16 == 0 && a.x_stride % 8 == 0;
@@ -205,28 +209,23 @@ AWQ_DEVICE void decode_body(const core::LinearArgs& a, int strips_log, int split
   float sum[kTiles][4] = {};
   ptx::Shared x[kTiles], x_step[kTiles];
 
-  const auto step = [&](auto s, int i) {  // i = s modulo kDecodeAhead
-    constexpr int kUnits = DecodeGroups<kUnit>::kUnits;
-    const Vector w = words[s];
-    if (i + kDecodeAhead < share.count) words[s] = load_step(s);
+  const auto step = [&](auto s, int left) {  // left: how many there are with this one
     std::uint32_t b[kTiles][2][4];
     for (int tile = 0; tile < kTiles; ++tile) {
-      ptx::load_matrices(b[tile][0], x[tile] + s * x_step[tile]);
-      ptx::load_matrices(b[tile][1], (x[tile] + s * x_step[tile]) ^ 64);
+      ptx::load_matrices(b[tile][0], x[tile]);
+      ptx::load_matrices(b[tile][1], x[tile] ^ 64);
+      x[tile] += x_step[tile];
     }
-    unrolled<kUnits>([&](auto u) {
-      constexpr int kPlace = s * kUnits + u, kWords = 4 / kUnits;
-      if constexpr (kPlace % 4 == 0) {
-        groups.template take<kPlace / 4>();
-        groups.template load<kPlace / 4>();
-      }
+    unrolled<Groups::kUnits>([&](auto u) {
+      constexpr int kPlace = s * Groups::kUnits + u, kSlot = kPlace / 4 % Groups::kSlots, kWords = 4 / Groups::kUnits;
+      if constexpr (kPlace % 4 == 0) groups.template take<kSlot>();
       const auto unit = groups.unit(kPlace % 4);
       const ZeroPair zeros = zero_pair<kType>(unit.zeros);
       float d[kTiles][4] = {};
       unrolled<kWords>([&](auto v) {
         constexpr int kWord = u * kWords + v;
         std::uint32_t codes[4];
-        dequantize_word<kType>(w.word[kWord], zeros, codes);
+        dequantize_word<kType>(words[s].word[kWord], zeros, codes);
         for (int tile = 0; tile < kTiles; ++tile) {
           const std::uint32_t(&matrices)[4] = b[tile][kWord / 2];
           const std::uint32_t pair[2] = {matrices[kWord % 2 * 2], matrices[kWord % 2 * 2 + 1]};
@@ -235,10 +234,14 @@ AWQ_DEVICE void decode_body(const core::LinearArgs& a, int strips_log, int split
       });
       for (int tile = 0; tile < kTiles; ++tile)
         for (int i = 0; i < 4; ++i) sum[tile][i] = std::fma(d[tile][i], i < 2 ? unit.low : unit.high, sum[tile][i]);
+      // Only now, when nothing waits for what the registers held, so that the new can be put there.
+      if constexpr (kPlace % 4 == 3) groups.template load<kSlot>();
     });
+    load_step(s, left > kDecodeAhead);
   };
 
   const int stage_steps = kDecodeAhead * share.parts;
+  int left = share.count;
   for (int c = 0; share.begin + c * stage_steps < share.end; ++c) {
     ptx::copy_async_wait<0>();
     ptx::sync_threads();  // stage c is full, and c - 1 is not used any more
@@ -250,17 +253,16 @@ AWQ_DEVICE void decode_body(const core::LinearArgs& a, int strips_log, int split
       x[tile] = piece + (row < m ? begin : shared + kDecodeZeros);
       x_step[tile] = row < m ? share.parts * 128 : 0;
     }
-    first += share.parts * (kDecodeAhead * 128);
-    const int i = c * kDecodeAhead;
     unrolled<kDecodeAhead>([&](auto s) {
-      if (i + s < share.count) step(s, i + s);
+      if (s < left) step(s, left - s);
     });
+    left -= kDecodeAhead;
   }
 
   // Sums of the block: part after part. [part][token][row of W]
-  const int stride = decode_sum_stride(strips_log);
+  const int strips = 1 << cut.strips_log, splits = 1 << cut.splits_log, stride = decode_sum_stride(cut.strips_log);
   const auto place = [&](int part, int token, int row) {
-    return shared + static_cast<ptx::Shared>(decode_sums(m, strips_log) + ((part * m + token) * stride + row) * 4);
+    return shared + static_cast<ptx::Shared>(decode_sums(m, cut.strips_log) + ((part * m + token) * stride + row) * 4);
   };
   for (int tile = 0; tile < kTiles; ++tile)
     for (int i = 0; i < 4; ++i) {
@@ -280,7 +282,8 @@ AWQ_DEVICE void decode_body(const core::LinearArgs& a, int strips_log, int split
     return four;
   };
   const auto for_fours = [&](int begin, int by, auto f) {
-    for (int i = begin; i < m * strips * 4; i += by) f(i >> (strips_log + 2), (i & (strips * 4 - 1)) * 4);
+#pragma unroll 1
+    for (int i = begin; i < m * strips * 4; i += by) f(i >> (cut.strips_log + 2), (i & (strips * 4 - 1)) * 4);
   };
   const std::int64_t column = share.row - share.strip * 16;
   for_fours(ptx::thread(), kDecodeThreads, [&](int token, int row) {

@@ -1,6 +1,6 @@
 // The decode kernel: few rows of x, every weight read once. What it can do, and how it cuts its work (decode.cuh).
 #pragma once
-#include <algorithm>
+#include <bit>
 #include <cstdint>
 
 #include "../core/layout.h"
@@ -42,8 +42,8 @@ static_assert(decode_shared_bytes(2, 0) <= 48 << 10 && decode_shared_bytes(4, 1)
 /// Groups of 16, or 32, of any multiple of them, or one; sums are float32, so scales and x may be of any magnitude.
 inline bool decode_can(const CudaProblem& p, const Gpu& gpu) {
   const bool type = p.x_type == DType::f16 || (p.x_type == DType::bf16 && gpu.arch >= 80);
-  return gpu.arch >= 75 && type && p.scale_type != DType::f64 && p.m <= kDecodeRows && p.n % 8 == 0 && p.k > 0 &&
-         p.k <= (1 << 20) && (p.group == p.k || p.group % 16 == 0);
+  return gpu.arch >= 75 && type && p.scale_type != DType::f64 && p.m <= kDecodeRows && p.n % 8 == 0 &&
+         p.n <= (1 << 30) && p.k > 0 && p.k <= (1 << 20) && (p.group == p.k || p.group % 16 == 0);
 }
 
 /// The longest piece of k, of 16, 32 or 64, that is in one group wherever it begins (at its multiples). One group is
@@ -56,7 +56,23 @@ constexpr int decode_unit(std::int64_t k, std::int64_t group) {
 /// (CUTLASS builds for them with clusters of one only).
 constexpr bool has_clusters(int arch) { return arch >= 90 && arch < 120; }
 
-/// The kernel with 2^strips_log strips to a block and `splits` blocks that share k.
+/// How the kernel cuts its work, for the kernel: strips and splits of the plan, and how unit u of k (decode_unit) finds
+/// its group, u * reciprocal / 2^31 rounded down: for groups of d units that is u / d with c = 2^31 / d rounded up. For
+/// c d = 2^31 + e, e < d, the product is u / d + u e / (d 2^31), and less than u / d + 1 / d, because u < 2^16 (k is at
+/// most 2^20) and d <= 2^15 (there are two groups at least).
+struct DecodeCut {
+  int strips_log, splits_log;
+  std::uint32_t groups, reciprocal;
+};
+
+inline DecodeCut decode_cut(const CudaPlan& plan, std::int64_t k, std::int64_t group) {
+  const auto log = [](int n) { return static_cast<int>(std::bit_width(static_cast<unsigned>(n))) - 1; };
+  const auto d = static_cast<std::uint32_t>(group / decode_unit(k, group));
+  return {log(plan.tile_n / 16), log(plan.splits), static_cast<std::uint32_t>(k / group),
+          group == k ? 0 : ((std::uint32_t{1} << 31) + d - 1) / d};
+}
+
+/// The kernel with 2^strips_log strips to a block and `splits`, a power of two, blocks that share k.
 inline CudaPlan decode_plan(const CudaProblem& p, const Gpu& gpu, int strips_log, int splits) {
   CudaPlan plan;
   plan.kernel = CudaKernel::decode, plan.name = "decode";

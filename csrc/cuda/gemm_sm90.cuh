@@ -56,7 +56,7 @@ class GemmSm90 {
       ptx::take_registers<sm90_multiply_registers(kTokens)>();
       multiply_all();
     } else {
-      ptx::give_registers<kSm90CopyRegisters>();
+      ptx::give_registers<sm90_copy_registers(kTokens)>();
       if (ptx::thread() < kMultiplying + copying_lanes()) copy_all();
       ptx::sync_warp();
       if (cut_.cluster != 1) meet(), meet();
@@ -104,7 +104,6 @@ class GemmSm90 {
     Sm90Turn turn{0, 1};  // of barriers that have never been used, the phase before the first one has ended
     for_tiles([&](int first_panel, int first_token) {
       Sm90Run run = run_of(lane, first_panel);
-#pragma unroll 1
       for (int step = first_step_; step != end_step_; ++step, turn = turn.next(cut_.stages)) {
         const ptx::Shared full = at(cut_.full(turn.stage));
         ptx::barrier_wait(at(cut_.empty(turn.stage)), turn.parity);
@@ -158,7 +157,6 @@ class GemmSm90 {
       multiply(columns(existing(panel)), turn, sums);
       const Bias bias = biases(panel);
       if (cut_.cluster == 1) {
-#pragma unroll
         for (int i = 0; i < kTokens / 8; ++i) finish(panel, first_token + 8 * i, bias, eight(sums, i));
       } else {
         add_and_finish(panel, first_token, bias, sums);
@@ -179,12 +177,9 @@ class GemmSm90 {
                             scale(panel, group_of(step, i), columns, row() + 8)};
         ptx::wgmma_wait<0>();
         ptx::wgmma_settle(part);
-#pragma unroll
         for (int j = 0; j < kTokens / 2; ++j) sums[j] = std::fma(s[j % 4 / 2], part[j], sums[j]);
       };
-#pragma unroll
       for (int i = 0; i < 16; ++i) w[i / 4][i % 4] = next[i / 4][i % 4];
-#pragma unroll
       for (int i = 0; i < 4; ++i) {
         ptx::wgmma_fence();
         if constexpr (kExact)
@@ -216,7 +211,6 @@ class GemmSm90 {
     const auto words = ptx::load_shared<Vector>(panel + static_cast<ptx::Shared>(ptx::thread() % 128 * 16));
     ZeroPair zero;
     std::uint32_t s[2];
-#pragma unroll
     for (int i = 0; i < 4; ++i) {
       if (begins(i)) {
         const int g = group_of(step, i);
@@ -282,7 +276,6 @@ class GemmSm90 {
   AWQ_DEVICE void add_and_finish(int panel, int first_token, const Bias& bias, const Sums& sums) const {
     const auto place = [&](int i) { return at((i * kMultiplying + ptx::thread()) * 16); };
     ptx::sync_some(1, kMultiplying);  // nobody needs the ring any more
-#pragma unroll
     for (int i = 0; i < kTokens / 8; ++i) ptx::store_shared(place(i), eight(sums, i));
     meet();
     for (int i = rank_; i < kTokens / 8; i += cut_.cluster) {

@@ -21,8 +21,8 @@ inline constexpr int kSm90Clusters[] = {1, 2, 4};
 /// warp scheduler has 512 registers for each lane. A block brings it a warp of each of three warp groups, so that a
 /// thread starts with 168 or, of two blocks, 80; then the warp group that copies gives of its own to the others.
 constexpr int sm90_blocks(int tokens) { return tokens <= 32 ? 2 : 1; }
-inline constexpr int kSm90CopyRegisters = 40;
-constexpr int sm90_multiply_registers(int tokens) { return sm90_blocks(tokens) == 2 ? 96 : 232; }
+constexpr int sm90_copy_registers(int tokens) { return sm90_blocks(tokens) == 2 ? 48 : 56; }
+constexpr int sm90_multiply_registers(int tokens) { return sm90_blocks(tokens) == 2 ? 96 : 224; }
 
 /// How the kernel cuts a call up, and the shared memory of its blocks: a ring of stages, each all that a step of k
 /// needs; copies fill some while others are used. First the tiles of x, whose swizzle wants multiples of 1024 bytes;
@@ -98,13 +98,13 @@ constexpr CudaPlan sm90_plan(const CudaProblem& p, const Gpu& gpu, int tokens, i
 }
 
 /// Cycles that a plan may take, to compare it with others. Matrix units multiply 64 x 64 x 8 in 16 cycles; two warp
-/// groups need some 200 for a step's codes; 1500 go by before the first product, as many for sums to be exchanged.
-/// Estimates, not measured.
+/// groups need some 200 for a step's codes; 1500 go by before a tile's first product, as many while blocks exchange its
+/// sums. Estimates, not measured.
 constexpr std::int64_t sm90_cycles(const CudaProblem& p, const Gpu& gpu, int tokens, int cluster) {
   const Sm90Cut cut(p, tokens, 1, cluster);
   const std::int64_t rounds = core::ceil_div(std::int64_t{cut.tiles} * cluster, gpu.sms);
   const std::int64_t steps = core::ceil_div(cut.steps, cluster);
-  return rounds * (steps * (std::max(200, 4 * tokens) + 40) + 1500) + (cluster == 1 ? 0 : 1500);
+  return rounds * (steps * (std::max(200, 4 * tokens) + 40) + (cluster == 1 ? 1500 : 3000));
 }
 
 /// For a call that gemm_sm90_can take: the tiles and clusters of fewest cycles. Blocks share k (clusters) where there

@@ -15,6 +15,17 @@ struct Gpu {
   int shared_bytes;  // the most shared memory that a block may ask for
 };
 
+/// One GPU of each architecture, for those who ask without having one: T4, A100, A10G, L40S, H200, B200, RTX 5090.
+inline constexpr Gpu kGpus[] = {{75, 40, 64 << 10},   {80, 108, 163 << 10},  {86, 80, 99 << 10},  {89, 142, 99 << 10},
+                                {90, 132, 227 << 10}, {100, 148, 227 << 10}, {120, 170, 99 << 10}};
+
+/// The one of that architecture, or nullptr.
+constexpr const Gpu* find_gpu(int arch) {
+  for (const Gpu& gpu : kGpus)
+    if (gpu.arch == arch) return &gpu;
+  return nullptr;
+}
+
 /// y = x W^T of x [m, k] of x_type and W [n, k] in layout fragments, in groups of `group` along k.
 struct CudaProblem {
   std::int64_t m, n, k, group;

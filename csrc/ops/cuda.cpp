@@ -4,6 +4,7 @@
 
 #include <array>
 
+#include "../cuda/gpu.h"
 #include "../cuda/launch.h"
 #include "check.h"
 
@@ -13,7 +14,7 @@ namespace {
 using torch::stable::new_empty;
 
 Tensor dequantized(const Tensor& qweight, const Tensor& scales, const OptionalTensor& qzeros, const WeightShape& shape,
-                   core::DType type, cudaStream_t stream) {
+                   const std::string& layout, core::DType type, cudaStream_t stream) {
   Tensor w = new_empty(scales, {shape.n, shape.k}, to_scalar_type(type));
   const Tensor weight = as_contiguous(qweight), scale = as_contiguous(scales);
   const OptionalTensor zero = contiguous_or_none(qzeros);
@@ -25,7 +26,8 @@ Tensor dequantized(const Tensor& qweight, const Tensor& scales, const OptionalTe
                                   shape.k,
                                   shape.group,
                                   float_type("dequantize", "scales", scales),
-                                  type};
+                                  type,
+                                  codes_of("dequantize", layout).order};
   STD_CUDA_CHECK(cuda::dequantize(args, stream));
   return w;
 }
@@ -39,14 +41,66 @@ void matmul(const Tensor& x, const Tensor& w, const OptionalTensor& bias, const 
   to<Tensor>(stack[0]);  // takes the returned reference to y, and drops it
 }
 
+bool is_aligned(const void* p) { return reinterpret_cast<std::uintptr_t>(p) % 16 == 0; }
+
+/// x [..., k] as kernels read it: rows of adjacent elements, each at a multiple of 16 bytes. Mostly x lies so; what
+/// does not is copied, which costs less than to do without the kernels.
+Tensor as_aligned_rows(const Tensor& x, std::int64_t m, std::int64_t k, std::int64_t& stride) {
+  constexpr std::int64_t kPiece = 8;  // elements of 16 bits in 16 bytes
+  const std::int64_t padded_k = core::ceil_div(k, kPiece) * kPiece;
+  const Tensor rows = as_rows(x, stride);
+  if (m == 1) stride = padded_k;
+  // Rows that overlap (an expanded x) are no matrix to the tensor copy engine.
+  if (is_aligned(rows.const_data_ptr()) && stride % kPiece == 0 && stride >= k) return rows;
+  stride = padded_k;
+  Tensor padded = new_empty(x, {m, padded_k});
+  Tensor inside = torch::stable::narrow(padded, 1, 0, k);
+  torch::stable::copy_(inside, torch::stable::reshape(x, {m, k}));
+  return padded;
+}
+
+/// y = x W^T + bias for W in layout fragments, if there is a kernel for it.
+bool linear_fragments(const Tensor& x, const Tensor& qweight, const Tensor& scales, const OptionalTensor& qzeros,
+                      const OptionalTensor& bias, const LinearShape& shape, Tensor& y, cudaStream_t stream) {
+  const auto [n, k, group, groups] = shape.w;
+  core::LinearArgs args{};
+  args.m = shape.m, args.n = n, args.k = k, args.group = group;
+  args.x_type = float_type("linear", "x", x);
+  args.scale_type = float_type("linear", "scales", scales);
+  cuda::Gpu gpu;
+  STD_CUDA_CHECK(cuda::gpu_of(x.get_device_index(), gpu));
+  const cuda::CudaPlan plan = cuda::plan_cuda(args.m, n, k, group, args.x_type, args.scale_type, gpu);
+  if (plan.kernel == cuda::CudaKernel::dequantize) return false;
+
+  const Tensor weight = as_contiguous(qweight), scale = as_contiguous(scales);
+  const OptionalTensor zero = contiguous_or_none(qzeros), offset = contiguous_or_none(bias);
+  args.qweight = words_of(weight);
+  args.scales = scale.const_data_ptr();
+  args.qzeros = zero ? words_of(*zero) : nullptr;
+  if (!is_aligned(args.qweight) || !is_aligned(args.scales) || !is_aligned(args.qzeros)) return false;
+  const Tensor rows = as_aligned_rows(x, args.m, k, args.x_stride);
+  args.x = rows.const_data_ptr();
+  args.bias = offset ? offset->const_data_ptr() : nullptr;
+  args.bias_type = offset ? float_type("linear", "bias", *offset) : core::DType::f32;
+  args.y = y.mutable_data_ptr();
+  Tensor workspace = new_empty(x, {plan.workspace_bytes}, ScalarType::Byte);
+  const auto run = plan.kernel == cuda::CudaKernel::decode      ? cuda::decode
+                   : plan.kernel == cuda::CudaKernel::gemm_sm80 ? cuda::gemm_sm80
+                                                                : cuda::gemm_sm90;
+  STD_CUDA_CHECK(run(args, plan, workspace.mutable_data_ptr(), stream));
+  return true;
+}
+
 Tensor linear(const Tensor& x, const Tensor& qweight, const Tensor& scales, OptionalTensor qzeros, OptionalTensor bias,
               std::int64_t group_size, std::string layout, std::string activation) {
-  const auto [m, shape, least] = check_linear(x, qweight, scales, qzeros, bias, group_size, layout, activation);
+  const LinearShape whole = check_linear(x, qweight, scales, qzeros, bias, group_size, layout, activation);
+  const auto& [m, shape, least] = whole;
   const OnDevice device(x);
   const NoGrad no_grad;
   Tensor y = new_empty(x, output_sizes(x, shape.n));
   if (m == 0 || shape.n == 0) return y;
-  const Tensor w = dequantized(qweight, scales, qzeros, shape, float_type("linear", "x", x), device.stream);
+  if (layout == "fragments" && linear_fragments(x, qweight, scales, qzeros, bias, whole, y, device.stream)) return y;
+  const Tensor w = dequantized(qweight, scales, qzeros, shape, layout, float_type("linear", "x", x), device.stream);
   if (bias) bias = torch::stable::to(*bias, x.scalar_type());
   matmul(torch::stable::reshape(x, {m, shape.k}), w, bias, torch::stable::view(y, {m, shape.n}));
   return y;
@@ -57,7 +111,7 @@ Tensor dequantize(const Tensor& qweight, const Tensor& scales, OptionalTensor qz
   const WeightShape shape = check_weight("dequantize", qweight, scales, qzeros, group_size, layout);
   const core::DType type = scale_type("dequantize", dtype ? *dtype : scales.scalar_type());
   const OnDevice device(qweight);
-  return dequantized(qweight, scales, qzeros, shape, type, device.stream);
+  return dequantized(qweight, scales, qzeros, shape, layout, type, device.stream);
 }
 
 std::tuple<Tensor, Tensor, Tensor> quantize(const Tensor& w, std::int64_t group_size, std::int64_t w_bit,

@@ -12,6 +12,7 @@
 #include "../core/layout.h"
 #include "../core/pack.h"
 #include "../core/plan.h"
+#include "../cuda/plan.h"
 
 namespace py = pybind11;
 
@@ -175,6 +176,33 @@ py::dict plan_linear(std::int64_t m, std::int64_t n, std::int64_t k, const std::
   return result;
 }
 
+py::dict plan_cuda(std::int64_t m, std::int64_t n, std::int64_t k, std::int64_t group, const std::string& dtype,
+                   const std::string& scale_dtype, int arch, int sms, int shared_bytes) {
+  if (m < 0 || n < 0 || k < 0) throw py::value_error("m, n and k must not be negative");
+  if (group < 1 || k % group != 0) throw py::value_error("k must be a multiple of group_size");
+  awq::cuda::Gpu gpu{arch, sms, shared_bytes};
+  if (sms <= 0 || shared_bytes <= 0) {
+    const awq::cuda::Gpu* known = awq::cuda::find_gpu(arch);
+    if (known == nullptr)
+      throw py::value_error("sms and shared_bytes must be given for the unknown architecture " + std::to_string(arch));
+    if (sms <= 0) gpu.sms = known->sms;
+    if (shared_bytes <= 0) gpu.shared_bytes = known->shared_bytes;
+  }
+  const awq::cuda::CudaPlan plan = awq::cuda::plan_cuda(m, n, k, group, dtype_of(dtype), dtype_of(scale_dtype), gpu);
+  py::dict result;
+  result["kernel"] = plan.name;
+  result["why"] = plan.why;
+  result["tile"] = py::make_tuple(plan.tile_n, plan.tile_m);
+  result["cluster"] = plan.cluster;
+  result["splits"] = plan.splits;
+  result["stages"] = plan.stages;
+  result["grid"] = py::make_tuple(plan.grid_x, plan.grid_y);
+  result["threads"] = plan.threads;
+  result["shared_bytes"] = plan.shared_bytes;
+  result["workspace_bytes"] = plan.workspace_bytes;
+  return result;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
@@ -199,4 +227,11 @@ PYBIND11_MODULE(_native, m) {
   m.def("plan_linear", &plan_linear, py::arg("m"), py::arg("n"), py::arg("k"), py::arg("dtype") = "float32",
         py::arg("layout") = "gemm", py::arg("activation") = "exact",
         "Which CPU kernel awq_ext::linear takes for m rows and an [n, k] weight, and why.");
+  m.def(
+      "plan_cuda", &plan_cuda, py::arg("m"), py::arg("n"), py::arg("k"), py::arg("group_size"),
+      py::arg("dtype") = "float16", py::arg("scale_dtype") = "float16", py::arg("arch") = 90, py::arg("sms") = 0,
+      py::arg("shared_bytes") = 0,
+      "Which CUDA kernel it takes for layout fragments on a GPU of compute capability arch (90: 9.0), how it is "
+      "launched, and why; 'dequantize' means that torch multiplies. sms (multiprocessors) and shared_bytes (the most "
+      "that a block may have) 0: of a GPU of that architecture, for 75, 80, 86, 89, 90, 100 and 120. No GPU is asked.");
 }

@@ -30,7 +30,8 @@ void fail(Where where, const std::string& what) {
 }
 
 bool Site::operator==(const Site& other) const {
-  return number == other.number && same_place(where, other.where) && std::string_view(what) == other.what;
+  return number == other.number && same_place(where, other.where) &&
+         (what == other.what || std::string_view(what) == other.what);
 }
 
 std::string Site::text() const { return std::string(what) + " (" + place(where) + ")"; }
@@ -130,6 +131,7 @@ void Machine::end(Thread& t) {
   if (w.arrived != 0)
     fail(w.site.where, "divergent: the thread ends while lanes of its warp wait for it at " + w.site.text());
   if (!t.copies.empty()) fail(t.copies[0].where, "the thread ends before it has waited for this copy_async");
+  w.ended |= 1u << t.lane();
   end_products(t);
   Block& b = *t.block;
   b.end.start(parties);
@@ -297,9 +299,9 @@ void run(const Launch& launch, const Options& options, const std::function<void(
 void together(const Site& site, void* slot, bool (*action)(Warp&)) {
   Thread& self = *current;
   Warp& w = *self.warp;
-  for (const Thread* t : w.lanes)
-    if (t->ended)
-      fail(site.where, "divergent: lane " + std::to_string(t->lane()) + " of the warp has ended before " + site.text());
+  if (w.ended != 0)
+    fail(site.where, "divergent: lane " + std::to_string(std::countr_zero(w.ended)) + " of the warp has ended before " +
+                         site.text());
   if (w.arrived == 0) w.site = site;
   if (w.arrived != 0 && !(w.site == site))
     fail(site.where, "divergent: this lane is at " + site.text() + ", others of its warp are at " + w.site.text());

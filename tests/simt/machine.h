@@ -84,6 +84,7 @@ struct Warp {
   std::array<Thread*, kLanes> lanes{};
   std::uint32_t ready = 0;  // lanes that can run
   bool queued = false;
+  std::uint32_t ended = 0;    // lanes
   std::uint32_t arrived = 0;  // lanes at the common instruction `site`
   Site site;
   std::uint32_t who = 0;              // the warp's matrix unit

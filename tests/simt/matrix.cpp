@@ -15,14 +15,16 @@
 namespace simt {
 namespace {
 
-/// half_to_float without branches: the bits where float has them are the value times 2^-112, but for infinity and NaN.
+/// core's half_to_float without branches: put where float has them, the bits are the value times 2^-112; only infinity
+/// and NaN then lack the largest exponent.
+inline float half_to_float(std::uint16_t half) {
+  const std::uint32_t rest = half & 0x7fffu, sign = static_cast<std::uint32_t>(half & 0x8000u) << 16;
+  const std::uint32_t bits = std::bit_cast<std::uint32_t>(std::bit_cast<float>(rest << 13) * 0x1p112f);
+  return std::bit_cast<float>(bits | (rest >= 0x7c00u ? 0x7f800000u : 0u) | sign);
+}
+
 SIMT_CLONES void halves_to_floats(const std::uint16_t* from, float* to, int count) {
-  for (int i = 0; i < count; ++i) {
-    const std::uint32_t rest = from[i] & 0x7fffu, sign = static_cast<std::uint32_t>(from[i] & 0x8000u) << 16;
-    const std::uint32_t finite = std::bit_cast<std::uint32_t>(std::bit_cast<float>(rest << 13) * 0x1p112f);
-    const std::uint32_t endless = rest << 13 | 0x7f800000u;
-    to[i] = std::bit_cast<float>((rest >= 0x7c00u ? endless : finite) | sign);
-  }
+  for (int i = 0; i < count; ++i) to[i] = half_to_float(from[i]);
 }
 
 void to_floats(DType type, const std::uint16_t* from, float* to, int count) {
@@ -30,10 +32,16 @@ void to_floats(DType type, const std::uint16_t* from, float* to, int count) {
   for (int i = 0; i < count; ++i) to[i] = awq::core::bfloat_to_float(from[i]);
 }
 
-/// One row of d: products with `count` columns, b [16][count].
-SIMT_CLONES void add_products(float* d, const float* a, const float* b, int count) {
-  for (int k = 0; k < 16; ++k)
-    for (int col = 0; col < count; ++col) d[col] += a[k] * b[k * count + col];
+/// d [rows][columns] += a [rows][16] b [16][columns].
+SIMT_CLONES void add_products(float* d, const float* a, const float* b, int rows, int columns) {
+  for (int row = 0; row < rows; ++row)
+    for (int first = 0; first < columns; first += 8) {  // eight sums stay in registers
+      float sum[8];
+      for (int i = 0; i < 8; ++i) sum[i] = d[row * columns + first + i];
+      for (int k = 0; k < 16; ++k)
+        for (int i = 0; i < 8; ++i) sum[i] += a[row * 16 + k] * b[k * columns + first + i];
+      for (int i = 0; i < 8; ++i) d[row * columns + first + i] = sum[i];
+    }
 }
 
 struct Operands {
@@ -69,15 +77,12 @@ struct Rows {
 }  // namespace
 
 void multiply(DType type, int rows, int columns, float* d, const std::uint16_t* a, const std::uint16_t* b) {
-  float row_a[16], column_b[16], all_b[16 * 256];
-  for (int col = 0; col < columns; ++col) {
-    to_floats(type, b + col * 16, column_b, 16);
-    for (int k = 0; k < 16; ++k) all_b[k * columns + col] = column_b[k];
-  }
-  for (int row = 0; row < rows; ++row) {
-    to_floats(type, a + row * 16, row_a, 16);
-    add_products(d + row * columns, row_a, all_b, columns);
-  }
+  float all_a[64 * 16], columns_b[256 * 16], all_b[16 * 256];
+  to_floats(type, a, all_a, rows * 16);
+  to_floats(type, b, columns_b, columns * 16);
+  for (int col = 0; col < columns; ++col)
+    for (int k = 0; k < 16; ++k) all_b[k * columns + col] = columns_b[col * 16 + k];
+  add_products(d, all_a, all_b, rows, columns);
 }
 
 void mma(DType type, float* d, const std::uint32_t* a, const std::uint32_t* b, Where where) {

@@ -46,9 +46,9 @@ inline std::uint32_t each_half(std::uint32_t a, std::uint32_t b, Op op) {
   return result;
 }
 
-/// d [rows][columns] += a [rows][16] b [columns][16]^T, b as columns one after another. Products are exact (of bf16:
-/// unless float cannot hold them); each is added to d in float32, in order of k. A GPU adds in an order and with a
-/// precision of its own; tests allow for that in their bounds.
+/// d [rows][columns] += a [rows][16] b [columns][16]^T: at most 64 rows, and columns a multiple of 8 up to 256.
+/// Products are exact (of bf16: unless float cannot hold them); each is added to d in float32, in order of k. A GPU
+/// adds in an order and with a precision of its own; tests allow for that in their bounds.
 void multiply(DType type, int rows, int columns, float* d, const std::uint16_t* a, const std::uint16_t* b);
 
 void load_matrices(std::uint32_t* r, int count, std::uint32_t row, Where where);

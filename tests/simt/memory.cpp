@@ -249,7 +249,7 @@ void check_global_read(const void* p, std::size_t bytes, std::size_t alignment, 
   Global::Record& r = find_global(p, bytes, alignment, "load", where);
   const auto a = reinterpret_cast<std::uintptr_t>(p);
   check_early(r, "load", where);
-  if (!r.writable) return;
+  if (r.launch != launches && r.written.empty()) return;
   for (std::uintptr_t at = a; at < a + bytes; ++at) {
     check_writer(r, at, "load", where);
     if (cached == Cached::yes && r.launch == launches && writer_of(r, at) != 0)

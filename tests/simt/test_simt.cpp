@@ -233,6 +233,22 @@ TEST_CASE("simt: matrices of halves, and their product") {
   }
 }
 
+TEST_CASE("simt: the matrix units take every 16-bit float as it is") {
+  for (const auto type : {awq::core::DType::f16, awq::core::DType::bf16})
+    for (std::uint32_t bits = 0; bits < 0x10000; bits += 16) {
+      std::uint16_t a[16][16] = {}, b[8][16] = {};
+      for (int i = 0; i < 16; ++i) a[i][0] = static_cast<std::uint16_t>(bits + static_cast<std::uint32_t>(i));
+      for (auto& column : b) column[0] = type == awq::core::DType::f16 ? 0x3c00 : 0x3f80;
+      float d[16][8] = {};
+      simt::multiply(type, 16, 8, &d[0][0], &a[0][0], &b[0][0]);
+      for (int i = 0; i < 16; ++i) {
+        const float expected = awq::core::load_as<float>(&a[i][0], type, 0);
+        if (expected == expected) REQUIRE((d[i][3] == expected || expected - expected != 0.0f));
+        if (!(expected - expected == 0.0f)) REQUIRE_FALSE(d[i][3] - d[i][3] == 0.0f);
+      }
+    }
+}
+
 TEST_CASE("simt: pairs are rounded once") {
   using awq::core::DType;
   for (std::uint32_t a = 0; a < 0x10000; a += 7)

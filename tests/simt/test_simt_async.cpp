@@ -88,7 +88,8 @@ TEST_CASE("simt: a ring of bulk copies, and what can be wrong with one") {
   const auto error = [&](Fault fault) { return error_of(kRing, play(fault)); };
   REQUIRE(contains(error(Fault::no_fence_barriers), "needs fence_barriers"));
   REQUIRE(contains(error(Fault::no_wait), "shared byte"));
-  error(Fault::no_free);  // a second arrival in the phase, or a copy over what is still read: it depends on the schedule
+  error(
+      Fault::no_free);  // a second arrival in the phase, or a copy over what is still read: it depends on the schedule
   REQUIRE(contains(error(Fault::wrong_parity), "shared byte"));
   REQUIRE(contains(error(Fault::too_few_bytes), "lacks 0 of 1 arrivals and -64 bytes"));
   REQUIRE(contains(error(Fault::too_many_bytes), "deadlock"));
