@@ -36,20 +36,10 @@ def plan(m: int, n: int, k: int, group: int, dtype: torch.dtype, device: torch.d
     if device.type == "cpu":
         return {}
     of = torch.cuda.get_device_properties(device)
+    facts = {"arch": 10 * of.major + of.minor, "sms": of.multi_processor_count}
+    facts["shared_bytes"] = getattr(of, "shared_memory_per_block_optin", 0)
     name = str(dtype).removeprefix("torch.")
-    return dict(
-        _library.native().plan_cuda(
-            m,
-            n,
-            k,
-            group,
-            name,
-            "float16",
-            10 * of.major + of.minor,
-            of.multi_processor_count,
-            of.shared_memory_per_block_optin,
-        )
-    )
+    return dict(_library.native().plan_cuda(m, n, k, group, dtype=name, scale_dtype="float16", **facts))
 
 
 def linear(weight: Weight, dtype: torch.dtype) -> Contestant:

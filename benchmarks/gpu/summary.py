@@ -35,7 +35,7 @@ def linears(whole: dict[str, Any]) -> list[str]:
         for found in others.values():
             same = next((r for (*case, _), r in found.items() if case == [n, k, group, m]), None)
             line += f" {same['seconds']['median'] / own:14.2f}" if same else f" {'':14}"
-        lines.append(f"{line}  {of.get('plan', {}).get('name', '')}")
+        lines.append(f"{line}  {of.get('plan', {}).get('kernel', '')}")
     return lines
 
 

@@ -181,19 +181,11 @@ std::vector<CudaPlan> plans(CudaKernel kernel, const CudaProblem& p, const Gpu& 
       for (int splits = 1; splits <= 8 && splits * awq::cuda::kDecodeStep <= p.k; splits *= 2)
         found.push_back(awq::cuda::decode_plan(p, gpu, strips_log, splits));
   } else if (kernel == CudaKernel::gemm_sm80) {
-    const auto own = awq::cuda::gemm_sm80_plan(p, gpu);
-    if (!own) return found;
-    found.push_back(*own);
+    if (!awq::cuda::gemm_sm80_can(p, gpu)) return found;
+    found.push_back(awq::cuda::gemm_sm80_plan(p, gpu));
     for (const int tokens : {32, 64})
-      for (int splits = 1; splits <= 8 && splits * 2 * awq::cuda::GemmSm80::kStep <= p.k; splits *= 2) {
-        const awq::cuda::GemmSm80 cut{tokens, awq::cuda::gemm_sm80_small_groups(p.k, p.group)};
-        CudaPlan plan = *own;
-        plan.tile_m = tokens, plan.splits = splits, plan.stages = cut.stages(), plan.grid_y = splits;
-        plan.grid_x = awq::core::ceil_div(p.m, tokens) * awq::core::ceil_div(p.n, cut.kRows);
-        plan.shared_bytes = cut.shared_bytes();
-        plan.workspace_bytes = splits > 1 ? splits * p.m * p.n * 4 : 0;
-        found.push_back(plan);
-      }
+      for (int splits = 1; splits <= 8 && splits * 2 * awq::cuda::GemmSm80::kStep <= p.k; splits *= 2)
+        found.push_back(awq::cuda::gemm_sm80_plan(p, tokens, splits));
   } else {
     if (!awq::cuda::gemm_sm90_can(p, gpu)) return found;
     found.push_back(awq::cuda::gemm_sm90_plan(p, gpu));
