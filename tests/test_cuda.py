@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from awq_ext import AwqLinear, _library, functional, ops
+from awq_ext import AwqLinear, _library, explain, functional, ops
+from awq_ext.layouts import repack_scales
 
 pytestmark = [
     pytest.mark.gpu,
@@ -340,6 +341,215 @@ def test_module_made_on_the_device_equals_one_made_on_a_cpu() -> None:
         assert_same(value, got[name].cpu())
 
 
+# --- layout fragments: kernels of our own -----------------------------------------------------------------------------
+
+HALVES = [torch.float16, torch.bfloat16]
+FRAGMENT_SHAPES = [  # n, k, group: tiles that stick out on every side, all kinds of groups, and a common matrix
+    (8, 16, 16),
+    (24, 40, 40),
+    (72, 96, 48),
+    (136, 256, 128),
+    (200, 330, 330),
+    (64, 1024, 64),
+    (328, 2080, 32),
+    (1000, 1536, 256),
+    (4096, 4096, 128),
+]
+EVERY_KERNEL = (1, 2, 7, 8, 9, 16, 17, 33, 64, 65, 130, 300, 2100)  # rows, of which each kernel gets some
+
+
+def fragments(n: int, k: int, group: int, dtype: torch.dtype = torch.float16) -> tuple[dict[str, Any], Tensor]:
+    """What linear and dequantize take for a random weight in layout fragments, on the device, and the weight."""
+    qweight, scales, qzeros = packed(n, k, group, dtype)
+    w = ops.dequantize(qweight, scales, qzeros, group_size=group, dtype=torch.float32)
+    tensors = {
+        "qweight": ops.repack(qweight.to(DEVICE), src="gemm", dst="fragments"),
+        "scales": repack_scales(scales.to(DEVICE), "gemm", "fragments"),
+        "qzeros": ops.repack(qzeros.to(DEVICE), src="gemm.zeros", dst="fragments.zeros"),
+    }
+    return {**tensors, "group_size": group, "layout": "fragments"}, w
+
+
+def assert_multiplied(y: Tensor, x: Tensor, w: Tensor, bias: Tensor | None = None) -> None:
+    """As assert_close, with room for weights that have been rounded to y's dtype."""
+    assert y.shape == (*x.shape[:-1], w.shape[0]) and y.is_contiguous()
+    got, rows, w = y.cpu().double().reshape(-1, w.shape[0]), x.cpu().double().reshape(-1, w.shape[1]), w.double()
+    reference, magnitude = rows @ w.t(), rows.abs() @ w.abs().t()
+    if bias is not None:
+        reference, magnitude = reference + bias.cpu().double(), magnitude + bias.cpu().double().abs()
+    info = torch.finfo(y.dtype)
+    bound = info.eps * (reference.abs() + magnitude / 2) + 4 * (w.shape[1] + 8) * 2**-24 * magnitude
+    bound += info.smallest_normal * info.eps * (1 + rows.abs().sum(1, keepdim=True))
+    error = (got - reference).abs()
+    assert (error <= bound).all(), f"largest error / bound = {(error / bound).max():.3g}"
+
+
+@pytest.mark.parametrize(("n", "k"), [(8, 8), (64, 64), (72, 24), (328, 136), (131, 77)])
+def test_fragments_are_packed_as_on_a_cpu(n: int, k: int) -> None:
+    q = codes(n, k)
+    for layout in ("fragments", "fragments.zeros"):
+        words = ops.pack(q, layout=layout)
+        assert_same(words, on_device(ops.pack, q, layout=layout))
+        assert_same(ops.unpack(words, layout=layout), on_device(ops.unpack, words, layout=layout))
+        for other in ("strips", "compressed-tensors"):
+            assert_same(ops.repack(words, src=layout, dst=other), on_device(ops.repack, words, src=layout, dst=other))
+
+
+@pytest.mark.parametrize("scale_dtype", FLOATS)
+def test_fragments_are_dequantized_as_on_a_cpu(scale_dtype: torch.dtype) -> None:
+    for n, k, group in [*FRAGMENT_SHAPES, (8, 7, 7), (64, 96, 12), (272, 70, 35), (72, 200, 8)]:
+        given, w = fragments(n, k, group, scale_dtype)
+        for dtype in FLOATS:
+            assert_same(w.to(dtype), ops.dequantize(**given, dtype=dtype).cpu())
+        symmetric = {**given, "qzeros": None}
+        expected = ops.dequantize(**{name: to("cpu", value) for name, value in symmetric.items()})
+        assert_same(expected, ops.dequantize(**symmetric).cpu())
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("scale_dtype", FLOATS)
+@pytest.mark.parametrize(("n", "k", "group"), FRAGMENT_SHAPES)
+def test_linear_in_fragments(n: int, k: int, group: int, dtype: torch.dtype, scale_dtype: torch.dtype) -> None:
+    given, w = fragments(n, k, group, scale_dtype)
+    for m in EVERY_KERNEL:
+        x = floats(m, k, dtype=dtype, seed=m).to(DEVICE)
+        bias = floats(n, dtype=scale_dtype, seed=m).to(DEVICE) if m % 2 else None
+        assert_multiplied(ops.linear(x, bias=bias, **given), x, w, bias)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("m", EVERY_KERNEL)
+def test_x_may_lie_anywhere(dtype: torch.dtype, m: int) -> None:
+    given, w = fragments(136, 256, 64)
+    wide = floats(2 * m, 600, dtype=dtype).to(DEVICE)
+    wide[:, 256:264] = float("nan")  # beside what is asked for
+    ways = [
+        wide[:m, :256],
+        wide[::2, 264:520],  # rows further apart
+        wide[:m, 265:521],  # 2 bytes off any alignment
+        torch.cat([wide[:m, :256], wide[:m, :1]], 1)[:, :256],  # rows an odd number of elements apart
+        wide[:1, :256].expand(m, 256),
+        wide[:m, :256].t().contiguous().t(),
+        wide[:m, :256].reshape(1, m, 1, 256),
+    ]
+    for x in ways:
+        assert_multiplied(ops.linear(x, **given), x, w)
+
+
+@pytest.mark.parametrize("m", EVERY_KERNEL)
+def test_outputs_end_where_they_should(m: int) -> None:
+    """Kernels store in tiles: what lies behind y stays, and no row or column is left out."""
+    given, w = fragments(72, 96, 32)
+    x = floats(m, 96, dtype=torch.float16).to(DEVICE)
+    torch.cuda.empty_cache()
+    before = torch.full((m * 72 + 4096,), 7.0, dtype=torch.float16, device=DEVICE)
+    del before  # the allocator gives its place to y, mostly: unwritten outputs would be 7
+    y = ops.linear(x, **given)
+    after = torch.full((4096,), 7.0, dtype=torch.float16, device=DEVICE)
+    assert_multiplied(y, x, w)
+    assert_multiplied(ops.linear(x, **given), x, w)
+    assert (after == 7).all()
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("m", [m for m in EVERY_KERNEL if m > 1])
+def test_in_fragments_a_row_that_is_not_finite_touches_no_other(dtype: torch.dtype, m: int) -> None:
+    given, w = fragments(264, 256, 64)
+    x = floats(m, 256, dtype=dtype)
+    x[m // 2, 3], x[0, 9] = float("nan"), float("inf")
+    y = ops.linear(x.to(DEVICE), **given).cpu()
+    others = [i for i in range(m) if i not in (0, m // 2)]
+    assert y[m // 2].isnan().all()
+    assert_multiplied(y[others], x[others], w)
+
+
+@pytest.mark.parametrize("m", EVERY_KERNEL)
+def test_in_fragments_sums_may_be_large(m: int) -> None:
+    """All-positive x and the largest codes: sums that float16 could not hold on the way."""
+    given, _ = fragments(64, 4096, 128)
+    given["qweight"].fill_(-1)
+    given["qzeros"].zero_()
+    given["scales"].fill_(1e-3)
+    x = torch.full((m, 4096), 200.0, dtype=torch.float16, device=DEVICE)
+    x[:, 1::2] = -199.5
+    w = torch.full((64, 4096), 15.0) * given["scales"][0, 0].float().cpu()
+    assert_multiplied(ops.linear(x, **given), x, w)
+
+
+def test_in_fragments_empty_calls_are_answered() -> None:
+    given, _ = fragments(72, 96, 32)
+    for shape in ((0, 96), (3, 0, 96)):
+        assert ops.linear(torch.empty(shape, dtype=torch.float16, device=DEVICE), **given).shape == (*shape[:-1], 72)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_in_fragments_two_runs_and_a_graph_give_the_same_bytes(dtype: torch.dtype) -> None:
+    given, w = fragments(4096, 4096, 128)
+    for m in EVERY_KERNEL:
+        static = floats(m, 4096, dtype=dtype).to(DEVICE)
+        expected = ops.linear(static, **given)
+        assert_same(expected.cpu(), ops.linear(static, **given).cpu())
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            ops.linear(static, **given)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            got = ops.linear(static, **given)
+        for seed in (1, 2):
+            static.copy_(floats(m, 4096, dtype=dtype, seed=seed).to(DEVICE))
+            graph.replay()
+            torch.cuda.synchronize()
+            assert_same(ops.linear(static, **given).cpu(), got.cpu())
+        assert_multiplied(got, static, w)
+
+
+def test_in_fragments_work_is_ordered_on_the_current_stream() -> None:
+    given, w = fragments(264, 1024, 128)
+    for m in EVERY_KERNEL:
+        source = floats(m, 1024, dtype=torch.float16).to(DEVICE)
+        late = torch.zeros_like(source)
+        torch.cuda.synchronize()
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(20_000_000)
+            late.copy_(source)
+            y = ops.linear(late, **given)
+        stream.synchronize()
+        assert_multiplied(y, source, w)
+
+
+def test_layers_change_their_layout_with_the_device() -> None:
+    dense = torch.nn.Linear(256, 136)
+    layer = AwqLinear.from_linear(dense, 64)
+    state, x = layer.state_dict(), floats(5, 256, dtype=torch.float16)
+    w = layer.dequantize(torch.float32)
+    moved = layer.to(DEVICE)
+    assert moved.layout == "fragments" and moved.half().layout == "fragments"
+    for name, value in moved.state_dict().items():
+        assert_same(state[name].to(value.dtype), value.cpu())
+    for m in (1, 5):
+        assert_multiplied(moved(x[:m].to(DEVICE)), x[:m], w, state["bias"].half())
+    made_there = AwqLinear(256, 136, group_size=64, device=DEVICE)
+    made_there.load_state_dict(state)
+    assert made_there.layout == "fragments"
+    assert moved.to("cpu").layout == "strips"
+    for name, value in moved.state_dict().items():
+        assert_same(state[name].to(value.dtype), value)
+
+
+def test_explain_tells_of_the_device() -> None:
+    layer = AwqLinear.from_linear(torch.nn.Linear(4096, 4096)).to(DEVICE)
+    major, minor = torch.cuda.get_device_capability()
+    for m, dtype in ((1, torch.float16), (64, torch.bfloat16), (1 << 20, torch.float16)):
+        answer = explain(layer, m, dtype)
+        assert f"(sm_{major}{minor})" in answer
+        assert answer.split()[0] == explain(layer, m, dtype, gpu=f"sm_{major}{minor}").split()[0]
+    assert explain(layer, 1, torch.float32).startswith("dequantize")
+    assert "torch multiplies" in explain(layer.repack("gemm"), 1)
+
+
 # --- streams, graphs, devices, sizes ----------------------------------------------------------------------------------
 
 
@@ -453,6 +663,9 @@ def test_opcheck(dtype: torch.dtype) -> None:
     check, namespace = torch.library.opcheck, torch.ops.awq_ext
     check(namespace.linear.default, (x, qweight, scales, qzeros, bias), {"group_size": 32})
     check(namespace.linear.default, (x[0], qweight, scales), {"group_size": 32})
+    given, _ = fragments(64, 128, 32, dtype)
+    check(namespace.linear.default, (x,), {**given, "bias": bias})
+    check(namespace.dequantize.default, (), {**given, "dtype": torch.bfloat16})
     check(namespace.dequantize.default, (qweight, scales, qzeros), {"group_size": 32, "dtype": torch.bfloat16})
     check(namespace.quantize.default, (w,), {"group_size": 32, "dtype": dtype})
     check(namespace.pack.default, (q,), {"layout": "gptq"})
