@@ -76,7 +76,9 @@ cudaError_t launch(const core::LinearArgs& args, const CudaPlan& plan, cudaStrea
     case 16: return launch<kType, 16>(args, plan, stream);
     case 32: return launch<kType, 32>(args, plan, stream);
     case 64: return launch<kType, 64>(args, plan, stream);
+    case 96: return launch<kType, 96>(args, plan, stream);
     case 128: return launch<kType, 128>(args, plan, stream);
+    case 192: return launch<kType, 192>(args, plan, stream);
     case 256: return launch<kType, 256>(args, plan, stream);
     default: return cudaErrorInvalidValue;
   }

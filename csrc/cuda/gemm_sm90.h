@@ -13,8 +13,8 @@ inline constexpr int kSm90Panels = 2;                       // warp groups that 
 inline constexpr int kSm90Step = core::kFragments.tile_k;   // of k: a row of x is 128 bytes, all that a swizzle spans
 inline constexpr int kSm90Codes = kSm90Panel * kSm90Step / 2;  // bytes of a panel's codes in a step
 inline constexpr int kSm90Threads = 128 * (kSm90Panels + 1);
-inline constexpr int kSm90Tokens[] = {16, 32, 64, 128, 256};  // rows of x in a tile
-inline constexpr int kSm90Exact = 64;                         // with more of them, weights are rounded
+inline constexpr int kSm90Tokens[] = {16, 32, 64, 96, 128, 192, 256};  // rows of x in a tile
+inline constexpr int kSm90Exact = 64;                                  // with more of them, weights are rounded
 inline constexpr int kSm90Clusters[] = {1, 2, 4};
 
 /// Blocks that a multiprocessor is to hold: where the sums leave registers for two, these hide each other's waits. A
@@ -108,11 +108,12 @@ constexpr std::int64_t sm90_cycles(const CudaProblem& p, const Gpu& gpu, int tok
 }
 
 /// For a call that gemm_sm90_can take: the tiles and clusters of fewest cycles. Blocks share k (clusters) where there
-/// are too few tiles for the multiprocessors. Rounded weights are what dequantize gives only if scales have x's type.
+/// are too few tiles for the multiprocessors. Rounded weights are what dequantize gives only if scales have x's type;
+/// and beyond k there are none, while the kernel makes some of code 0, which might overflow.
 constexpr CudaPlan gemm_sm90_plan(const CudaProblem& p, const Gpu& gpu) {
   int best_tokens = kSm90Tokens[0], best_cluster = 1;
   for (const int tokens : kSm90Tokens) {
-    if (tokens > kSm90Exact && p.scale_type != p.x_type) break;
+    if (tokens > kSm90Exact && (p.scale_type != p.x_type || p.k % kSm90Step != 0)) break;
     for (const int cluster : kSm90Clusters)
       if (sm90_cycles(p, gpu, tokens, cluster) < sm90_cycles(p, gpu, best_tokens, best_cluster))
         best_tokens = tokens, best_cluster = cluster;

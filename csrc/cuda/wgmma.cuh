@@ -22,21 +22,23 @@ AWQ_DEVICE void wgmma_settle(float (&d)[kCount]) {
 #define AWQ_NAMES_8 "%0, %1, %2, %3, %4, %5, %6, %7"
 #define AWQ_NAMES_16 AWQ_NAMES_8 ", %8, %9, %10, %11, %12, %13, %14, %15"
 #define AWQ_NAMES_32 AWQ_NAMES_16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-#define AWQ_NAMES_64                                                                                                 \
-  AWQ_NAMES_32                                                                                                       \
-  ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, " \
-  "%54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-#define AWQ_NAMES_128                                                                                                \
-  AWQ_NAMES_64                                                                                                       \
-  ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83, %84, %85, " \
-  "%86, %87, %88, %89, %90, %91, %92, %93, %94, %95, %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, " \
-  "%107, %108, %109, %110, %111, %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, "     \
-  "%125, %126, %127"
+#define AWQ_NAMES_48 AWQ_NAMES_32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
+#define AWQ_NAMES_64 AWQ_NAMES_48 ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define AWQ_NAMES_96                                                                                                \
+  AWQ_NAMES_64                                                                                                      \
+      ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83, %84, " \
+      "%85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
+#define AWQ_NAMES_128                                                                                              \
+  AWQ_NAMES_96                                                                                                     \
+      ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, %112, %113, " \
+      "%114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
 #define AWQ_D_4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define AWQ_D_8(i) AWQ_D_4(i), AWQ_D_4(i + 4)
 #define AWQ_D_16(i) AWQ_D_8(i), AWQ_D_8(i + 8)
 #define AWQ_D_32(i) AWQ_D_16(i), AWQ_D_16(i + 16)
+#define AWQ_D_48(i) AWQ_D_32(i), AWQ_D_16(i + 32)
 #define AWQ_D_64(i) AWQ_D_32(i), AWQ_D_32(i + 32)
+#define AWQ_D_96(i) AWQ_D_64(i), AWQ_D_32(i + 64)
 #define AWQ_D_128(i) AWQ_D_64(i), AWQ_D_64(i + 64)
 
 // `count` registers of d, then a's names, b's and that of `accumulate`, in one list. Factors of a and b are 1; b is not
@@ -58,20 +60,26 @@ AWQ_DEVICE void wgmma_settle(float (&d)[kCount]) {
 AWQ_WGMMA_TYPES(16, 8, "%8, %9, %10, %11", "%12", "%13")
 AWQ_WGMMA_TYPES(32, 16, "%16, %17, %18, %19", "%20", "%21")
 AWQ_WGMMA_TYPES(64, 32, "%32, %33, %34, %35", "%36", "%37")
+AWQ_WGMMA_TYPES(96, 48, "%48, %49, %50, %51", "%52", "%53")
 AWQ_WGMMA_TYPES(128, 64, "%64, %65, %66, %67", "%68", "%69")
+AWQ_WGMMA_TYPES(192, 96, "%96, %97, %98, %99", "%100", "%101")
 AWQ_WGMMA_TYPES(256, 128, "%128, %129, %130, %131", "%132", "%133")
 #endif
 
 #undef AWQ_WGMMA_TYPES
 #undef AWQ_WGMMA
 #undef AWQ_D_128
+#undef AWQ_D_96
 #undef AWQ_D_64
+#undef AWQ_D_48
 #undef AWQ_D_32
 #undef AWQ_D_16
 #undef AWQ_D_8
 #undef AWQ_D_4
 #undef AWQ_NAMES_128
+#undef AWQ_NAMES_96
 #undef AWQ_NAMES_64
+#undef AWQ_NAMES_48
 #undef AWQ_NAMES_32
 #undef AWQ_NAMES_16
 #undef AWQ_NAMES_8

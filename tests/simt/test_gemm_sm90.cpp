@@ -52,7 +52,9 @@ void play(const core::LinearArgs& args, const Cut& cut, const simt::Options& opt
     case 16: return play<kType, 16>(args, cut, options);
     case 32: return play<kType, 32>(args, cut, options);
     case 64: return play<kType, 64>(args, cut, options);
+    case 96: return play<kType, 96>(args, cut, options);
     case 128: return play<kType, 128>(args, cut, options);
+    case 192: return play<kType, 192>(args, cut, options);
     case 256: return play<kType, 256>(args, cut, options);
     default: FAIL("no such tile");
   }
@@ -118,16 +120,21 @@ TEST_CASE("gemm_sm90: groups, and ends of n and k") {
   struct Case {
     std::int64_t n, k, group;
   };
-  for (const Case& s : {Case{8, 16, 16}, Case{24, 80, 16}, Case{64, 96, 32}, Case{72, 224, 32}, Case{8, 7, 7},
-                        Case{40, 65, 65}, Case{136, 200, 200}, Case{64, 256, 128}, Case{24, 384, 192}, Case{8, 64, 64}})
-    for (const DType x : {DType::f16, DType::bf16}) {
-      LinearCase exact({17, s.n, s.k, s.group}, {x, s.n % 16 == 0 ? DType::f32 : DType::f16, DType::bf16, s.k != 224},
-                       pad(s.k));
-      check(exact, {.tokens = 32, .stages = 2}, {0, 1});
-      LinearCase rounded({20, s.n, s.k, s.group}, {x, x, DType::f32, s.k != 96}, pad(s.k));
-      check(rounded, {.tokens = 128, .stages = 2}, {1, 2});
-      check_rounded(rounded, {.tokens = 128});
+  for (const DType x : {DType::f16, DType::bf16}) {
+    for (const Case& s : {Case{8, 16, 16}, Case{24, 80, 16}, Case{64, 96, 32}, Case{72, 224, 32}, Case{8, 7, 7},
+                          Case{40, 65, 65}, Case{136, 200, 200}, Case{64, 256, 128}, Case{24, 384, 192}}) {
+      const DType scale = s.n % 16 == 0 ? DType::f32 : DType::f16;
+      LinearCase c({17, s.n, s.k, s.group}, {x, scale, DType::bf16, s.k != 224}, pad(s.k));
+      check(c, {.tokens = 32, .stages = 2}, {0, 1});
     }
+    for (const Case& s : {Case{8, 64, 16}, Case{24, 128, 16}, Case{64, 192, 32}, Case{72, 256, 256},
+                          Case{136, 256, 128}, Case{40, 384, 192}}) {
+      const Cut cut{.tokens = 96, .stages = 2};
+      LinearCase c({20, s.n, s.k, s.group}, {x, x, DType::f32, s.k != 192}, 8);
+      check(c, cut, {1, 2});
+      check_rounded(c, cut);
+    }
+  }
 }
 
 TEST_CASE("gemm_sm90: clusters share k, blocks take one tile after the other") {
@@ -197,7 +204,7 @@ TEST_CASE("gemm_sm90: plans fit the device, and cover the call") {
             REQUIRE(plan.workspace_bytes == 0);
             // The sums of a block, for the others of a cluster, must not reach the barriers.
             REQUIRE(4 * plan.tile_n * plan.tile_m <= cut.barriers);
-            REQUIRE((scale == p.x_type || plan.tile_m <= cuda::kSm90Exact));
+            REQUIRE(((scale == p.x_type && k % cuda::kSm90Step == 0) || plan.tile_m <= cuda::kSm90Exact));
             const std::int64_t tiles = core::ceil_div(n, plan.tile_n) * core::ceil_div(m, plan.tile_m);
             REQUIRE(cut.tiles == tiles);
             REQUIRE((plan.cluster == 1 ? plan.grid_x <= tiles : plan.grid_x == tiles * plan.cluster));
