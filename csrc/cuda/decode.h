@@ -75,7 +75,7 @@ inline DecodeCut decode_cut(const CudaPlan& plan, std::int64_t k, std::int64_t g
 inline CudaPlan decode_plan(const CudaProblem& p, const Gpu& gpu, int strips_log, int splits) {
   CudaPlan plan;
   plan.kernel = CudaKernel::decode, plan.name = "decode";
-  plan.why = "few rows: weights go straight to registers, and every one is read once";
+  plan.why = "few rows: every weight is read once, and the rows wait for it in shared memory";
   plan.tile_n = 16 << strips_log, plan.tile_m = p.m <= 8 ? 8 : 16;
   plan.splits = splits, plan.cluster = has_clusters(gpu.arch) ? splits : 1;
   plan.stages = kDecodeStages;
