@@ -165,6 +165,31 @@ TEST_CASE("gemm_sm90: as it is planned") {
   }
 }
 
+TEST_CASE("gemm_sm90: calls at random") {
+  test::Random random(90);
+  const auto below = [&](int count) { return static_cast<std::int64_t>(random.uniform(0, count)); };
+  for (int i = 0; i < 60; ++i) {
+    const int tokens = cuda::kSm90Tokens[below(std::size(cuda::kSm90Tokens))];
+    const bool exact = tokens <= cuda::kSm90Exact;
+    constexpr std::int64_t kGroups[] = {16, 32, 64, 128, 192};
+    std::int64_t group = kGroups[below(std::size(kGroups))];
+    if (!exact) group = core::ceil_div(group, 64) * 64 / (below(2) == 0 ? 1 : 2);
+    const std::int64_t groups = exact ? 1 + below(9) : 2 * (1 + below(3));
+    const std::int64_t k = group * groups;
+    const DType x = below(2) == 0 ? DType::f16 : DType::bf16;
+    LinearCase c(
+        {1 + below(300), 8 * (1 + below(40)), k, below(4) == 0 ? k : group},
+        {x, exact ? test::kFloatTypes[below(3)] : x, test::kFloatTypes[below(3)], below(3) != 0, below(2) == 0},
+        8 * below(3), random.bits());
+    if (!cuda::gemm_sm90_can(problem(c), kHopper)) continue;
+    const int cluster = cuda::kSm90Clusters[below(3)];
+    // A cluster's sums need some room.
+    const Cut cut{tokens, static_cast<int>((cluster == 1 ? 2 : 4) + below(3)), cluster, cluster == 1 ? below(4) : 0};
+    check(c, cut, {0, random.bits()});
+    if (!exact) check_rounded(c, cut);
+  }
+}
+
 TEST_CASE("gemm_sm90: what is not finite stays in its row; zeros and scales at their ends") {
   for (const int tokens : {32, 128}) {
     LinearCase c({20, 72, 128, 64}, {DType::f16, DType::f16, DType::f16, true, false}, 8);
