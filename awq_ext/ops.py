@@ -237,7 +237,9 @@ def search_scale(
     smallest wins, the first among equals, so it is never worse than round-to-nearest (``losses[0]``).
 
     Returns scale float32 [k] and losses float64 [1 + grid * (2 if duo_scaling else 1)]; a candidate whose group
-    scales ``dtype`` cannot hold has the loss infinity. CPU only. Raises RuntimeError for inputs that are not finite.
+    scales ``dtype`` cannot hold has the loss infinity. Inputs that are not finite raise RuntimeError on a CPU; on CUDA
+    (no synchronisation) the scale is NaN. There losses are summed in another order, so that candidates whose losses are
+    equal to within rounding may change places, and rounding errors take 256 MiB at most.
     Source: AWQ (arXiv 2306.00978) section 3.2 and AutoAWQ ``awq/quantize/quantizer.py``, with the identity and ratio
     1 added to the grid and all tokens in the loss.
     """
@@ -292,7 +294,8 @@ def scale_candidates(
     """The scales that :func:`search_scale` tries, in its order: float32 [1 + grid * (2 if duo_scaling else 1), k].
 
     Arguments are as there. With :func:`scale_losses` they make a search that looks at some rows of a large ``w`` only.
-    CPU only. Raises RuntimeError for inputs that are not finite.
+    Inputs that are not finite raise RuntimeError on a CPU; on CUDA (no synchronisation) an x_mean that is not finite,
+    or is negative, makes them NaN, and a weight that is not finite is left to its loss.
     """
     return _ops.scale_candidates(w, x_mean, group_size=group_size, grid=grid, duo_scaling=duo_scaling, tie=tie)
 
@@ -329,8 +332,9 @@ def scale_losses(
     candidates float32 [c, k], all positive; the rest as for :func:`search_scale`, whose losses these are to the bit if
     the candidates are its own. So a scale that was chosen on some tokens can be tried on others.
 
-    Returns losses float64 [c], infinity where ``dtype`` cannot hold the group scales. CPU only. Raises RuntimeError
-    for candidates that are not finite and positive.
+    Returns losses float64 [c], infinity where ``dtype`` cannot hold the group scales. Candidates that are not finite
+    and positive, and a row_weight that is not finite or is negative, raise RuntimeError on a CPU; on CUDA (no
+    synchronisation) their losses are NaN.
     """
     return _ops.scale_losses(
         w,
@@ -385,8 +389,10 @@ def search_clip(
     (zero_point only). The loss of a group is ``d gram_gg d^T`` with gram_gg the g x g block on gram's diagonal: the
     mean squared error of the group's part of the output over all tokens. The whole range is a candidate.
 
-    Returns range float32 [n, G, 2]. CPU only. Raises RuntimeError for inputs that are not finite. Source: AutoAWQ
-    ``awq/quantize/quantizer.py _compute_best_clip``, with all tokens instead of 512 and with separate ends.
+    Returns range float32 [n, G, 2]. Inputs that are not finite raise RuntimeError on a CPU; on CUDA (no
+    synchronisation) a group whose weights or whose block of gram are not finite gets NaN. Rounding errors take 256 MiB
+    there, or what one row needs. Source: AutoAWQ ``awq/quantize/quantizer.py _compute_best_clip``, with all tokens
+    instead of 512 and with separate ends.
     """
     return _ops.search_clip(
         w,
@@ -502,8 +508,8 @@ def add_gram(sums: Tensor, x: Tensor, *, bfloat16: bool = False) -> None:
 
     sums float32 [k, k], contiguous; x float32 [t, k], any strides. With ``bfloat16``, x is rounded to bfloat16 (to
     nearest) first, which is several times as fast on a CPU with AVX512-BF16; that one takes subnormal factors and sums
-    for zero. Products are summed in float32, a few hundred rows at a time, in an order that depends on t alone.
-    Needs memory for one more x. CPU only.
+    for zero. Products are summed in float32 (never in TF32), a few hundred rows at a time, in an order that depends on
+    t alone. On a CPU needs memory for one more x.
     """
     _ops.add_gram(sums, x, bfloat16=bfloat16)
 

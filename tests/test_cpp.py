@@ -19,8 +19,10 @@ from awq_ext import _library
 REPOSITORY = Path(__file__).resolve().parent.parent
 BUILD = REPOSITORY / "build" / "cpp-tests"
 CLANG_BUILD = REPOSITORY / "build" / "cpp-tests-clang"
+SIMT_BUILD = REPOSITORY / "build" / "cpp-tests-simt"
 ARM_BUILD = REPOSITORY / "build" / "cpp-tests-aarch64"
 CORE_ONLY = ["-DAWQ_OPS=OFF", "-DAWQ_NATIVE=OFF", "-DAWQ_TESTS=ON", "-DAWQ_WERROR=ON"]
+CORE_TARGETS = ["awq_core_tests", "awq_fuzz_pack"]
 
 
 def run(*command: str | Path, timeout: int = 800) -> subprocess.CompletedProcess[str]:
@@ -45,7 +47,7 @@ def missing(what: str) -> None:
     pytest.skip(f"needs {what}")
 
 
-def build_core_tests(build: Path, *options: str, target: str = "all") -> None:
+def build_tests(build: Path, *options: str, targets: list[str] = CORE_TARGETS) -> None:
     """Configures and builds the C++ tests, as CONTRIBUTING.md says; the build is kept for the next time."""
     if shutil.which("cmake") is None or shutil.which("ctest") is None:
         missing("cmake")
@@ -57,14 +59,22 @@ def build_core_tests(build: Path, *options: str, target: str = "all") -> None:
     if configured.returncode and "needs Boost.Context" in configured.stdout:
         missing("Boost.Context (apt-get install libboost-context-dev)")
     assert configured.returncode == 0, configured.stdout
-    run("cmake", "--build", build, "--target", target, "--parallel", str(min(4, os.cpu_count() or 1)))
+    run("cmake", "--build", build, "--target", *targets, "--parallel", str(min(4, os.cpu_count() or 1)))
 
 
 @pytest.mark.slow
 def test_core_under_sanitizers() -> None:
     compiler()
-    build_core_tests(BUILD, "-DAWQ_SANITIZE=ON")
-    run("ctest", "--test-dir", BUILD, "--output-on-failure", "--no-tests=error")
+    build_tests(BUILD, "-DAWQ_SANITIZE=ON")
+    run("ctest", "--test-dir", BUILD, "--output-on-failure", "--no-tests=error", "-R", "|".join(CORE_TARGETS))
+
+
+@pytest.mark.slow
+def test_cuda_kernels_played_on_the_cpu() -> None:
+    """Not under sanitizers, which would make it several times as slow: the interpreter has checks of its own."""
+    compiler()
+    build_tests(SIMT_BUILD, targets=["awq_simt_tests"])
+    run("ctest", "--test-dir", SIMT_BUILD, "--output-on-failure", "--no-tests=error", "-R", "awq_simt_tests")
 
 
 @pytest.mark.slow
@@ -73,7 +83,7 @@ def test_core_built_by_clang() -> None:
     for program in ("clang++", "cmake"):
         if shutil.which(program) is None:
             pytest.skip(f"needs {program}")
-    build_core_tests(CLANG_BUILD, "-DCMAKE_CXX_COMPILER=clang++", target="awq_core_tests")
+    build_tests(CLANG_BUILD, "-DCMAKE_CXX_COMPILER=clang++", targets=["awq_core_tests"])
     run("ctest", "--test-dir", CLANG_BUILD, "--output-on-failure", "--no-tests=error", "-R", "awq_core_tests")
 
 
@@ -83,7 +93,7 @@ def test_core_on_an_emulated_arm_cpu() -> None:
     for program in ("aarch64-linux-gnu-g++", "qemu-aarch64", "cmake"):
         if shutil.which(program) is None:
             pytest.skip(f"needs {program}")
-    build_core_tests(ARM_BUILD, f"--toolchain={REPOSITORY / 'tests' / 'cpp' / 'aarch64.cmake'}")
+    build_tests(ARM_BUILD, f"--toolchain={REPOSITORY / 'tests' / 'cpp' / 'aarch64.cmake'}")
     ran = run("ctest", "--test-dir", ARM_BUILD, "--output-on-failure", "--no-tests=error", "-V")
     assert "level: neon_dotprod" in ran.stdout
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -29,11 +30,11 @@ H200 = model.GPUS["h200"]
 
 def plans() -> list[dict[str, Any]]:
     """One of each kernel, for 8192 rows of W."""
-    common = {"splits": 1, "stages": 4, "grid_y": 1, "workspace_bytes": 0}
+    common = {"splits": 1, "cluster": 1, "stages": 4, "workspace_bytes": 0}
     return [
-        {"kernel": "decode", "tile_n": 16, "tile_m": 8, "grid_x": 512, "threads": 256} | common,
-        {"kernel": "gemm_sm80", "tile_n": 128, "tile_m": 64, "grid_x": 64, "threads": 128} | common,
-        {"kernel": "gemm_sm90", "tile_n": 128, "tile_m": 64, "grid_x": 64, "threads": 384} | common,
+        {"kernel": "decode", "tile": (16, 8), "grid": (512, 1), "threads": 256} | common,
+        {"kernel": "gemm_sm80", "tile": (128, 64), "grid": (64, 1), "threads": 128} | common,
+        {"kernel": "gemm_sm90", "tile": (128, 64), "grid": (64, 1), "threads": 384} | common,
         {"kernel": "dequantize"} | common,
     ]
 
@@ -63,13 +64,24 @@ def test_more_bytes_in_flight_are_never_slower_and_stop_to_matter() -> None:
     assert rates == sorted(rates) and rates[0] < H200.bandwidth / 20 and rates[-1] == H200.bandwidth
     decode = plans()[0]
     problem = model.Problem(1, 8192, 8192)
-    times = [model.planned(problem, H200, decode | {"grid_x": blocks}).memory for blocks in (16, 64, 132, 264, 528)]
+    times = [model.planned(problem, H200, decode | {"grid": (blocks, 1)}).memory for blocks in (16, 64, 132, 264, 528)]
     assert times == sorted(times, reverse=True) and times[0] > 4 * times[-1] == 4 * times[-2]
 
 
 def test_sums_that_blocks_share_cost_memory_and_a_launch() -> None:
     problem = model.Problem(64, 4096, 4096)
-    alone, shared = plans()[1], plans()[1] | {"splits": 4, "grid_y": 4, "workspace_bytes": 4 * 64 * 4096 * 4}
+    alone, shared = plans()[1], plans()[1] | {"splits": 4, "grid": (64, 4), "workspace_bytes": 4 * 64 * 4096 * 4}
     assert model.planned(problem, H200, shared).launch == 2 * model.planned(problem, H200, alone).launch
     in_flight = replace(H200, latency=1e-9)  # so that only bytes count
     assert model.planned(problem, in_flight, shared).memory > model.planned(problem, in_flight, alone).memory
+
+
+def test_the_table_has_what_plan_cuda_chooses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "model.json"
+    command = ["model.py", "--gpu", "a100", "--shapes", "4096x4096", "--rows", "1", "64", "4096", "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", command)
+    model.main()
+    written = json.loads(out.read_text())
+    assert written["computed_from"]["name"] == "a100" and [case["m"] for case in written["cases"]] == [1, 64, 4096]
+    for case in written["cases"]:
+        assert case["seconds"] > case["floor"] and case["plan"]["kernel"] in [*model.KERNELS, "dequantize"]

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 Plan = Mapping[str, Any]
-"""What `_native.plan_cuda` says: kernel, tile_n, tile_m, splits, stages, grid_x, grid_y, threads, shared_bytes, ..."""
+"""What `_native.plan_cuda` says: kernel, tile (rows of W and of x), cluster, splits, stages, grid, threads, .."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Gpu:
     mma_share: float  # of those by mma.sync
     shared_bytes: int  # that a block may ask for
     latency: float = 0.9e-6  # s, of a load from memory under load: 0.8 to 1.2 us on Hopper
-    cache_bandwidth: float = 5.5e12  # bytes a second from the second cache: the lowest published for H100
+    cache_bandwidth: float = 8e12  # bytes a second from the second cache: published for H100 are 5.5 to 12
     launch: float = 2.5e-6  # s a kernel in a graph: start, ramp and tail
 
 
@@ -54,7 +54,7 @@ GPUS = {
         Gpu("a100", 80, 108, 1.41e9, 1.8e12, 250e12, 1.0, 163 << 10, cache_bandwidth=4e12),
         Gpu("rtx3090", 86, 82, 1.7e9, 0.84e12, 57e12, 1.0, 99 << 10, cache_bandwidth=2e12),
         Gpu("rtx4090", 89, 128, 2.5e9, 0.91e12, 132e12, 1.0, 99 << 10, cache_bandwidth=4e12),
-        Gpu("b200", 100, 148, 1.85e9, 7.2e12, 1800e12, 0.3, 227 << 10, cache_bandwidth=8e12),
+        Gpu("b200", 100, 148, 1.85e9, 7.2e12, 1800e12, 0.3, 227 << 10, cache_bandwidth=10e12),
         Gpu("rtx5090", 120, 170, 2.4e9, 1.6e12, 168e12, 1.0, 99 << 10, cache_bandwidth=5e12),
     )
 }
@@ -110,22 +110,24 @@ class Kernel:
     blocks: Callable[[Plan], int]
     in_flight: Callable[[Plan], float]  # bytes of weights that a block has asked for and not got
     warps: Callable[[Plan], int]  # that multiply
-    instructions: Callable[[Plan], float]  # of one strip of 16 rows, a step of 64 k, and all tokens of the tile
+    instructions: Callable[
+        [Plan], float
+    ]  # of a warp, for one strip of 16 rows, a step of 64 k, and all tokens of the tile
     rate: Callable[[Gpu], float]  # of its products
 
 
 def ring(plan: Plan) -> float:
     """Codes of all stages but the one that is read."""
-    return (plan["stages"] - 1) * plan["tile_n"] * STEP / 2
+    return (plan["stages"] - 1) * plan["tile"][0] * STEP / 2
 
 
 KERNELS = {
-    # Eight loads of 16 bytes a lane.
+    # Eight loads of 16 bytes a lane; 979 instructions for eight steps, with 16 tokens 1111.
     "decode": Kernel(
         blocks=lambda plan: 2,
         in_flight=lambda plan: 8 * 16 * plan["threads"],
         warps=lambda plan: plan["threads"] // 32,
-        instructions=lambda plan: 75 + 20 * plan["tile_m"] / 8,
+        instructions=lambda plan: 105 + 17 * plan["tile"][1] / 8,
         rate=lambda gpu: gpu.flops * gpu.mma_share,
     ),
     # Two strips a warp: 494 instructions with 64 tokens, 384 with 32.
@@ -133,15 +135,16 @@ KERNELS = {
         blocks=lambda plan: 2,
         in_flight=ring,
         warps=lambda plan: plan["threads"] // 32,
-        instructions=lambda plan: (274 + 27.5 * plan["tile_m"] / 8) / 2,
+        instructions=lambda plan: (274 + 27.5 * plan["tile"][1] / 8) / 2,
         rate=lambda gpu: gpu.flops * gpu.mma_share,
     ),
-    # One strip a warp; products are the warp group's, four instructions a step.
+    # One strip a warp. 220 to 250 instructions with 128 tokens and more; 340 to 440 with fewer, some of which are for
+    # groups of less than a step: guessed, 100 and three of four multiplications of sums.
     "gemm_sm90": Kernel(
-        blocks=lambda plan: 2 if plan["tile_m"] <= 32 else 1,
+        blocks=lambda plan: 2 if plan["tile"][1] <= 32 else 1,
         in_flight=ring,
         warps=lambda plan: plan["threads"] // 32 - 4,
-        instructions=lambda plan: 110 + (2 * plan["tile_m"] / 8 if plan["tile_m"] <= 64 else 16),
+        instructions=lambda plan: 205 + plan["tile"][1] / 2 if plan["tile"][1] <= 64 else 235,
         rate=lambda gpu: gpu.flops,
     ),
 }
@@ -180,9 +183,9 @@ def reading(bytes_in_flight: float, gpu: Gpu) -> float:
 def planned(problem: Problem, gpu: Gpu, plan: Plan) -> Time:
     """Of one of `KERNELS`."""
     kernel = KERNELS[plan["kernel"]]
-    n, m = (math.ceil(size / tile) * tile for size, tile in ((problem.n, plan["tile_n"]), (problem.m, plan["tile_m"])))
-    tiles_n, tiles_m = n / plan["tile_n"], m / plan["tile_m"]
-    pieces = tiles_n * tiles_m * plan["splits"]  # of work, each a block's
+    n, m = (math.ceil(size / tile) * tile for size, tile in zip((problem.n, problem.m), plan["tile"], strict=True))
+    tiles_n, tiles_m = n / plan["tile"][0], m / plan["tile"][1]
+    pieces = tiles_n * tiles_m * max(plan["splits"], plan["cluster"])  # of work, each a block's
     stretch = math.ceil(pieces / gpu.sms) * gpu.sms / pieces
     steps = n / 16 * tiles_m * math.ceil(problem.k / STEP)
     issue = steps * kernel.instructions(plan) / (4 * gpu.sms * gpu.clock) * stretch
@@ -191,7 +194,7 @@ def planned(problem: Problem, gpu: Gpu, plan: Plan) -> Time:
     cache = (tiles_n * 2 * problem.m * problem.k + tiles_m * problem.weight_bytes) / gpu.cache_bandwidth
     sums = 2 * plan["workspace_bytes"]  # written, and read by the kernel that adds them
     bytes_moved = problem.weight_bytes + problem.activation_bytes + sums
-    blocks = min(plan["grid_x"] * max(1, plan["grid_y"]), gpu.sms * kernel.blocks(plan))
+    blocks = min(math.prod(plan["grid"]), gpu.sms * kernel.blocks(plan))
     memory = bytes_moved / reading(blocks * kernel.in_flight(plan), gpu)
     return Time(gpu.launch * (2 if sums else 1), memory, cache, issue, products)
 
@@ -217,9 +220,8 @@ def plan_of(problem: Problem, gpu: Gpu) -> Plan:
     """The plan of awq_ext for float16."""
     from awq_ext import _library
 
-    return _library.native().plan_cuda(
-        problem.m, problem.n, problem.k, problem.group, "float16", "float16", gpu.arch, gpu.sms, gpu.shared_bytes
-    )
+    shape = (problem.m, problem.n, problem.k, problem.group)
+    return _library.native().plan_cuda(*shape, arch=gpu.arch, sms=gpu.sms, shared_bytes=gpu.shared_bytes)
 
 
 def table(gpu: Gpu, shapes: dict[str, tuple[int, int]], rows: list[int], group: int = 128) -> list[dict[str, Any]]:
@@ -251,7 +253,9 @@ def show(cases: list[dict[str, Any]]) -> None:
     for case in cases:
         times = " ".join(f"{case[key] * 1e6:8.1f}" for key in ("floor", "seconds", "dequantize", "fp16"))
         plan = case["plan"]
-        what = f"{plan['name']} {plan['tile_n']}x{plan['tile_m']}, {plan['splits']} splits, bound by {case['bound']}"
+        what = (
+            f"{plan['kernel']} {plan['tile'][0]}x{plan['tile'][1]}, {plan['splits']} splits, bound by {case['bound']}"
+        )
         shape = f"{case['n']}x{case['k']}, {case['group']}"
         print(f"{shape:24} {case['m']:5} {times} {case['speed']:6.2f}  {what}")
 

@@ -91,7 +91,6 @@ template <int kUnit>
 class DecodeGroups {
  public:
   static constexpr int kUnits = kDecodeStep / kUnit;  // of a step
-  static constexpr int kSlots = kUnits == 1 ? 2 : 4;  // of four units each
 
   AWQ_DEVICE DecodeGroups(const core::LinearArgs& a, const DecodeCut& cut, const DecodeShare& share)
       : stride_(4 * share.parts),
@@ -114,8 +113,7 @@ class DecodeGroups {
              share.row % core::kPanelColumns / 2 + r;
   }
 
-  /// Begins to load the next four units into a slot.
-  template <int kSlot>
+  /// Begins to load the next four units.
   AWQ_DEVICE void load() {
     Raw raw{0, 0, kSymmetricZeros};
     if (unit_ < end_) {
@@ -130,15 +128,12 @@ class DecodeGroups {
       }
       if (with_zeros_) raw.zeros = ptx::load_constant(zeros_ + std::uint64_t{g} * kZeroBytes);
     }
-    raw_[kSlot] = raw;
+    raw_ = raw;
     unit_ += stride_;
   }
 
-  /// From here on unit() is about that slot.
-  template <int kSlot>
-  AWQ_DEVICE void take() {
-    now_ = {to_float(raw_[kSlot].low), to_float(raw_[kSlot].high), raw_[kSlot].zeros};
-  }
+  /// From here on unit() is about those.
+  AWQ_DEVICE void take() { now_ = {to_float(raw_.low), to_float(raw_.high), raw_.zeros}; }
 
   struct Unit {
     float low, high;
@@ -165,7 +160,7 @@ class DecodeGroups {
   bool wide_, half_, with_zeros_;
   const char* scales_;  // of r, in group 0
   const std::uint8_t* zeros_;
-  Raw raw_[kSlots];
+  Raw raw_;
   Unit now_;
 };
 
@@ -175,7 +170,6 @@ class DecodeGroups {
 template <DType kType, int kTiles, int kUnit>
 AWQ_DEVICE void decode_body(const core::LinearArgs& a, const DecodeCut& cut, float* partials) {
   static_assert(kUnit == 16 || kUnit == 32 || kUnit == 64);
-  using Groups = DecodeGroups<kUnit>;
   const int lane = ptx::thread() % 32, m = static_cast<int>(a.m), pieces_log = decode_pieces_log(cut.strips_log);
   const DecodeShare share(a, cut);
   const ptx::Shared shared = ptx::dynamic_shared();
@@ -183,24 +177,33 @@ AWQ_DEVICE void decode_body(const core::LinearArgs& a, const DecodeCut& cut, flo
     return shared + kDecodeX + static_cast<ptx::Shared>(i % kDecodeStages * m << (pieces_log + 4));
   };
 
-  // W is nobody's output, and may be read before earlier kernels have ended.
-  Vector words[kDecodeAhead] = {};
+  // The circle: [slot][lane] of this warp. A lane reads what it has copied itself, and needs no barrier for that.
+  const ptx::Shared words = shared + static_cast<ptx::Shared>((ptx::thread() / 32 * kDecodeAhead * 32 + lane) * 16);
   const auto* next = reinterpret_cast<const Vector*>(a.qweight) +
                      (share.row / core::kPanelColumns * share.steps + share.first) * 128 +
                      share.row % core::kPanelColumns * 2 + lane;
-  const auto load_step = [&](auto s, bool is) {
-    ptx::load_once_if(is, next, words[s]);
+  const auto copy_step = [&](auto s) {
+    ptx::copy_async(words + s * 512, next, 16);
     next += share.parts * 128;
   };
-  unrolled<kDecodeAhead>([&](auto s) { load_step(s, s < share.count); });
-  Groups groups(a, cut, share);
-  unrolled<Groups::kSlots>([&](auto s) { groups.template load<s>(); });
 
+  // W is nobody's output, and may be read before earlier kernels have ended. Copies are waited for in order, group by
+  // group: group i is step i, and the first of a stage's groups is also the stage of x.
+  constexpr int kBefore = kDecodeAhead / 2;
+  unrolled<kBefore>([&](auto s) {
+    if (s < share.count) copy_step(s);
+  });
+  DecodeGroups<kUnit> groups(a, cut, share);
+  groups.load();
   ptx::wait_for_earlier_kernels();
   const bool aligned = reinterpret_cast<std::uintptr_t>(a.x) % 16 == 0 && a.x_stride % 8 == 0;
   fill_stage(a, stage(0), pieces_log, share.begin, share.end, aligned);
-  ptx::copy_async_commit();
-  if (ptx::thread() < 8) ptx::store_shared(shared + kDecodeZeros + ptx::thread() * 16, Vector{});
+  unrolled<kDecodeAhead>([&](auto s) {
+    if (s >= kBefore && s < share.count) copy_step(s);
+    ptx::copy_async_commit();
+  });
+  const ptx::Shared zeros = shared + decode_zeros(m, cut.strips_log);
+  if (m % 8 != 0 && ptx::thread() < 8) ptx::store_shared(zeros + ptx::thread() * 16, Vector{});
   ptx::let_next_kernel_start();
 
   // Row lane % 8 of matrix lane / 8 of a tile of x: matrices 0 .. 3 are 8 values along k each. Rows from m on are
@@ -209,23 +212,27 @@ AWQ_DEVICE void decode_body(const core::LinearArgs& a, const DecodeCut& cut, flo
   float sum[kTiles][4] = {};
   ptx::Shared x[kTiles], x_step[kTiles];
 
-  const auto step = [&](auto s, int left) {  // left: how many there are with this one
+  const auto step = [&](auto s, bool more) {
+    ptx::copy_async_wait<kDecodeAhead - 1>();
+    const auto w = ptx::load_shared<Vector>(words + s * 512);
     std::uint32_t b[kTiles][2][4];
     for (int tile = 0; tile < kTiles; ++tile) {
       ptx::load_matrices(b[tile][0], x[tile]);
       ptx::load_matrices(b[tile][1], x[tile] ^ 64);
       x[tile] += x_step[tile];
     }
-    unrolled<Groups::kUnits>([&](auto u) {
-      constexpr int kPlace = s * Groups::kUnits + u, kSlot = kPlace / 4 % Groups::kSlots, kWords = 4 / Groups::kUnits;
-      if constexpr (kPlace % 4 == 0) groups.template take<kSlot>();
-      const auto unit = groups.unit(kPlace % 4);
-      const ZeroPair zeros = zero_pair<kType>(unit.zeros);
+    constexpr int kUnits = kDecodeStep / kUnit, kWords = 4 / kUnits;
+    unrolled<kUnits>([&](auto u) {
+      constexpr int kOfFour = (s * kUnits + u) % 4;
+      if constexpr (kOfFour == 0) groups.take();
+      const auto unit = groups.unit(kOfFour);
+      if constexpr (kOfFour == 0) groups.load();
+      const ZeroPair zero = zero_pair<kType>(unit.zeros);
       float d[kTiles][4] = {};
       unrolled<kWords>([&](auto v) {
         constexpr int kWord = u * kWords + v;
         std::uint32_t codes[4];
-        dequantize_word<kType>(words[s].word[kWord], zeros, codes);
+        dequantize_word<kType>(w.word[kWord], zero, codes);
         for (int tile = 0; tile < kTiles; ++tile) {
           const std::uint32_t(&matrices)[4] = b[tile][kWord / 2];
           const std::uint32_t pair[2] = {matrices[kWord % 2 * 2], matrices[kWord % 2 * 2 + 1]};
@@ -234,36 +241,36 @@ AWQ_DEVICE void decode_body(const core::LinearArgs& a, const DecodeCut& cut, flo
       });
       for (int tile = 0; tile < kTiles; ++tile)
         for (int i = 0; i < 4; ++i) sum[tile][i] = std::fma(d[tile][i], i < 2 ? unit.low : unit.high, sum[tile][i]);
-      // Only now, when nothing waits for what the registers held, so that the new can be put there.
-      if constexpr (kPlace % 4 == 3) groups.template load<kSlot>();
     });
-    load_step(s, left > kDecodeAhead);
+    if (more) copy_step(s);
   };
 
   const int stage_steps = kDecodeAhead * share.parts;
   int left = share.count;
   for (int c = 0; share.begin + c * stage_steps < share.end; ++c) {
-    ptx::copy_async_wait<0>();
+    ptx::copy_async_wait<kDecodeAhead - 1>();
     ptx::sync_threads();  // stage c is full, and c - 1 is not used any more
     fill_stage(a, stage(c + 1), pieces_log, share.begin + (c + 1) * stage_steps, share.end, aligned);
-    ptx::copy_async_commit();
     for (int tile = 0; tile < kTiles; ++tile) {
       const int row = tile * 8 + lane % 8;
       const ptx::Shared begin = stage(c) + (static_cast<ptx::Shared>(row) << (pieces_log + 4)) + share.part * 128;
-      x[tile] = piece + (row < m ? begin : shared + kDecodeZeros);
+      x[tile] = piece + (row < m ? begin : zeros);
       x_step[tile] = row < m ? share.parts * 128 : 0;
     }
     unrolled<kDecodeAhead>([&](auto s) {
-      if (s < left) step(s, left - s);
+      if (s < left) step(s, s + kDecodeAhead < left);
+      ptx::copy_async_commit();
     });
     left -= kDecodeAhead;
   }
 
-  // Sums of the block: part after part. [part][token][row of W]
-  const int strips = 1 << cut.strips_log, splits = 1 << cut.splits_log, stride = decode_sum_stride(cut.strips_log);
+  // Sums of the block: [part][strip][token][row of W], where the warp had its words.
+  const int strips = 1 << cut.strips_log, splits = 1 << cut.splits_log;
   const auto place = [&](int part, int token, int row) {
-    return shared + static_cast<ptx::Shared>(decode_sums(m, cut.strips_log) + ((part * m + token) * stride + row) * 4);
+    const int warp = part * strips + row / 16;
+    return shared + static_cast<ptx::Shared>(warp * kDecodeAhead * 512 + (token * kDecodeSumStride + row % 16) * 4);
   };
+  ptx::sync_warp();  // its lanes have read their words
   for (int tile = 0; tile < kTiles; ++tile)
     for (int i = 0; i < 4; ++i) {
       const int token = tile * 8 + lane % 4 * 2 + i % 2, row = share.strip * 16 + lane / 4 + i / 2 * 8;

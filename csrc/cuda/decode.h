@@ -24,20 +24,19 @@ static_assert(1 << decode_pieces_log(0) == kDecodeAhead * kDecodeWarps * kDecode
 
 /// Floats from a token's sums to the next one's, in the exchange between warps: the four more put the stores of a warp,
 /// to tokens 2t and rows r (t = 0 .. 3, r = 0 .. 7), into distinct banks.
-AWQ_HOST_DEVICE constexpr int decode_sum_stride(int strips_log) { return (16 << strips_log) + 4; }
+inline constexpr int kDecodeSumStride = 16 + 4;
+static_assert(kDecodeRows * kDecodeSumStride * 4 <= kDecodeAhead * 512);
 
-/// Where things lie in shared memory, in bytes from its start: a line of zeros, the stages of x, the sums of each part.
-inline constexpr int kDecodeZeros = 0, kDecodeX = 128;
-AWQ_HOST_DEVICE constexpr int decode_sums(int m, int strips_log) {
+/// Where things lie in shared memory, in bytes from its start: the words that warps have under way, and afterwards
+/// their sums; the stages of x; a line of zeros for rows that x does not have.
+inline constexpr int kDecodeX = kDecodeWarps * kDecodeAhead * 512;
+AWQ_HOST_DEVICE constexpr int decode_zeros(int m, int strips_log) {
   return kDecodeX + kDecodeStages * (m << (decode_pieces_log(strips_log) + 4));
 }
 AWQ_HOST_DEVICE constexpr int decode_shared_bytes(int m, int strips_log) {
-  return decode_sums(m, strips_log) + decode_parts(strips_log) * m * decode_sum_stride(strips_log) * 4;
+  return decode_zeros(m, strips_log) + (m % 8 == 0 ? 0 : 128);
 }
-/// The fewest strips for m rows: their stages then fit what any kernel may have without asking.
-constexpr int decode_least_strips_log(std::int64_t m) { return m <= 2 ? 0 : m <= 4 ? 1 : m <= 8 ? 2 : 3; }
-static_assert(decode_shared_bytes(2, 0) <= 48 << 10 && decode_shared_bytes(4, 1) <= 48 << 10 &&
-              decode_shared_bytes(8, 2) <= 48 << 10 && decode_shared_bytes(16, 3) <= 48 << 10);
+static_assert(decode_shared_bytes(16, 3) == 64 << 10);  // what every GPU has
 
 /// Groups of 16, or 32, of any multiple of them, or one; sums are float32, so scales and x may be of any magnitude.
 inline bool decode_can(const CudaProblem& p, const Gpu& gpu) {
@@ -87,23 +86,26 @@ inline CudaPlan decode_plan(const CudaProblem& p, const Gpu& gpu, int strips_log
   return plan;
 }
 
-/// What is expected to take the least time, counted in bytes that a block reads in that time. Two blocks to a
-/// multiprocessor run at once; in each such wave a block begins, reads its share of W, and for it m rows of x, which
-/// come from the second cache. More strips mean fewer reads of x; more splits let more blocks take part, and cost an
+/// What is expected to take the least time, counted in bytes that a multiprocessor reads in that time. Up to two blocks
+/// run on each at once; in every such wave they begin, read their shares of W, and for them m rows of x, which come
+/// from the second cache. More strips mean fewer reads of x; more splits let more blocks take part, and cost an
 /// exchange of sums, or where there are no clusters a second kernel. The costs are estimates, not measured ones.
 inline CudaPlan decode_plan(const CudaProblem& p, const Gpu& gpu) {
-  constexpr std::int64_t kBegin = 16 << 10, kExchange = 4 << 10, kSecondKernel = 48 << 10;
-  const std::int64_t steps = core::ceil_div(p.k, kDecodeStep), together = std::int64_t{2} * gpu.sms;
+  constexpr std::int64_t kBegin = 32 << 10, kExchange = 8 << 10, kSecondKernel = 96 << 10;
+  constexpr int kReserved = 1 << 10;  // of shared memory, for each block
+  const std::int64_t steps = core::ceil_div(p.k, kDecodeStep);
   CudaPlan best;
   std::int64_t least = 0;
-  for (int strips_log = decode_least_strips_log(p.m); strips_log <= 3; ++strips_log)
+  for (int strips_log = 0; strips_log <= 3; ++strips_log)
     for (int splits = 1; splits <= 8 && splits <= steps; splits *= 2) {
       const CudaPlan plan = decode_plan(p, gpu, strips_log, splits);
+      if (plan.shared_bytes > gpu.shared_bytes) continue;
+      const std::int64_t at_once = 2 * (plan.shared_bytes + kReserved) <= gpu.shared_bytes + kReserved ? 2 : 1;
+      const std::int64_t waves = core::ceil_div(plan.grid_x, at_once * gpu.sms);
       const std::int64_t share = core::ceil_div(steps, splits) * kDecodeStep;
-      const std::int64_t bytes = kBegin + share * plan.tile_n / 2 + share * p.m;
+      const std::int64_t wave = kBegin + at_once * (share * plan.tile_n / 2 + share * p.m);
       const std::int64_t sharing = splits == 1 ? 0 : plan.cluster > 1 ? splits * kExchange : kSecondKernel;
-      const std::int64_t cost = core::ceil_div(plan.grid_x, together) * bytes + sharing;
-      if (least == 0 || cost < least) least = cost, best = plan;
+      if (const std::int64_t cost = waves * wave + sharing; least == 0 || cost < least) least = cost, best = plan;
     }
   return best;
 }

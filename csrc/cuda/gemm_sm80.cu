@@ -16,31 +16,30 @@ __global__ void __launch_bounds__(GemmSm80::kThreads, GemmSm80::kBlocks)
 }
 
 template <core::DType kType, int kTokens, bool kSmallGroups>
-cudaError_t launch(const core::LinearArgs& args, unsigned blocks, int splits, float* workspace, cudaStream_t stream) {
+cudaError_t launch(const core::LinearArgs& args, const CudaPlan& plan, void* workspace, cudaStream_t stream) {
   constexpr auto kKernel = gemm_sm80_kernel<kType, kTokens, kSmallGroups>;
   if (const cudaError_t e = allow_shared<kKernel>(); e != cudaSuccess) return e;
-  kKernel<<<dim3(blocks, static_cast<unsigned>(splits)), GemmSm80::kThreads,
-            GemmSm80{kTokens, kSmallGroups}.shared_bytes(), stream>>>(args, splits > 1 ? workspace : nullptr);
-  if (const cudaError_t e = cudaGetLastError(); e != cudaSuccess) return e;
-  return splits > 1 ? reduce(args, workspace, splits, stream) : cudaSuccess;
+  auto* const partials = static_cast<float*>(plan.splits > 1 ? workspace : nullptr);
+  const dim3 blocks(static_cast<unsigned>(plan.grid_x), static_cast<unsigned>(plan.grid_y));
+  kKernel<<<blocks, static_cast<unsigned>(plan.threads), static_cast<std::size_t>(plan.shared_bytes), stream>>>(
+      args, partials);
+  const cudaError_t e = cudaGetLastError();
+  return e != cudaSuccess || partials == nullptr ? e : reduce(args, partials, plan.splits, stream);
+}
+
+template <core::DType kType>
+cudaError_t launch(const core::LinearArgs& args, const CudaPlan& plan, void* workspace, cudaStream_t stream) {
+  const bool small_groups = gemm_sm80_small_groups(args.k, args.group);
+  const auto chosen = plan.tile_m == 32 ? (small_groups ? launch<kType, 32, true> : launch<kType, 32, false>)
+                                        : (small_groups ? launch<kType, 64, true> : launch<kType, 64, false>);
+  return chosen(args, plan, workspace, stream);
 }
 
 }  // namespace
 
 cudaError_t gemm_sm80(const core::LinearArgs& args, const CudaPlan& plan, void* workspace, cudaStream_t stream) {
-  using core::DType;
-  const bool small_groups = gemm_sm80_small_groups(args.k, args.group);
-  const auto choose = [&]<DType kType>() {
-    const auto go = [&]<int kTokens, bool kSmallGroups>() {
-      return launch<kType, kTokens, kSmallGroups>(args, static_cast<unsigned>(plan.grid_x), plan.splits,
-                                                  static_cast<float*>(workspace), stream);
-    };
-    if (plan.tile_m == 32)
-      return small_groups ? go.template operator()<32, true>() : go.template operator()<32, false>();
-    return small_groups ? go.template operator()<64, true>() : go.template operator()<64, false>();
-  };
-  return args.x_type == DType::f16 ? choose.template operator()<DType::f16>()
-                                   : choose.template operator()<DType::bf16>();
+  return args.x_type == core::DType::f16 ? launch<core::DType::f16>(args, plan, workspace, stream)
+                                         : launch<core::DType::bf16>(args, plan, workspace, stream);
 }
 
 }  // namespace awq::cuda

@@ -43,13 +43,13 @@ class GemmSm80Copies {
     k_left_ = static_cast<int>(a.k) - k;
     tokens_left_ = static_cast<int>(a.m - token) - first;
 
-    const std::int64_t panel = row / 64, steps = core::ceil_div(a.k, GemmSm80::kStep);
-    codes_ = a.qweight + (panel * steps + step) * 512 + thread * 4;
-    next_panel_ = row + 64 < a.n ? steps * 512 : 0;
+    const std::int64_t panel = row / GemmSm80::kPanelRows, steps = core::ceil_div(a.k, GemmSm80::kStep);
+    codes_ = a.qweight + (panel * steps + step) * kCodeWords + thread * 4;
+    next_panel_ = row + GemmSm80::kPanelRows < a.n ? steps * kCodeWords : 0;
 
     const int size = core::size_of(a.scale_type);
-    scales_ = share(a.scales, 64 * size, size, a.n, panel, kCut.scales_at());
-    zeros_ = share(a.qzeros, 32, 0, a.n, panel, kCut.zeros_at());
+    scales_ = share(a.scales, GemmSm80::kPanelRows * size, size, a.n, panel, kCut.scales_at());
+    zeros_ = share(a.qzeros, GemmSm80::kZeroBytes, 0, a.n, panel, kCut.zeros_at());
   }
 
   AWQ_DEVICE void copy_step(ptx::Shared stage) {
@@ -61,8 +61,8 @@ class GemmSm80Copies {
 
     const ptx::Shared codes = stage + kCut.codes_at() + ptx::thread() * 16;
     ptx::copy_async(codes, codes_, 16);
-    ptx::copy_async(codes + 2048, codes_ + next_panel_, next_panel_ > 0 ? 16 : 0);
-    codes_ += 512;
+    ptx::copy_async(codes + GemmSm80::kCodeBytes, codes_ + next_panel_, next_panel_ > 0 ? 16 : 0);
+    codes_ += kCodeWords;
 
     copy(stage, scales_);
     copy(stage, zeros_);
@@ -70,6 +70,8 @@ class GemmSm80Copies {
   }
 
  private:
+  static constexpr int kCodeWords = GemmSm80::kCodeBytes / 4;
+
   /// Sixteen bytes of the scales or the zeros of a group in a panel.
   struct Share {
     bool has;                   // a thread may have none
@@ -84,10 +86,10 @@ class GemmSm80Copies {
   AWQ_DEVICE Share share(const void* data, int line, int column, std::int64_t n, std::int64_t panel, int to) {
     const int pieces = line / 16, i = ptx::thread() / pieces, offset = ptx::thread() % pieces * 16;
     const int p = i / kCut.groups(), group = i % kCut.groups();
-    const std::int64_t columns = n - (panel + p) * 64;
+    const std::int64_t columns = n - (panel + p) * GemmSm80::kPanelRows;
     Share s;
     s.has = data != nullptr && p < GemmSm80::kPanels;
-    s.pitch = column > 0 && columns < 64 ? static_cast<int>(columns) * column : line;
+    s.pitch = column > 0 && columns < GemmSm80::kPanelRows ? static_cast<int>(columns) * column : line;
     s.inside = columns > 0 && offset < s.pitch;
     s.from = static_cast<const unsigned char*>(data) + (s.inside ? (panel + p) * group_count_ * line + offset : 0);
     s.group = group;
@@ -125,8 +127,8 @@ struct GemmSm80Lane {
     codes = kCut.codes_at() + thread * 16;
     zeros = kCut.zeros_at() + (strip * 8 + r) / 4 * 4;
     for (int p = 0; p < GemmSm80::kPanels; ++p) {
-      const int first = 64 * p + 16 * strip;
-      scale[p] = p * kCut.groups() * 64 + 16 * strip + (first + 16 <= rows_left ? 2 * r : r);
+      const bool whole = p * GemmSm80::kPanelRows + 16 * strip + 16 <= rows_left;  // see core::fragment_scale
+      scale[p] = p * kCut.groups() * GemmSm80::kPanelRows + 16 * strip + (whole ? 2 * r : r);
     }
   }
 };
@@ -152,7 +154,7 @@ AWQ_DEVICE void gemm_sm80_store(const core::LinearArgs& a, float* partials, std:
     for (int i = 0; i < kCut.tokens / 8; ++i)
       for (int e = 0; e < 4; ++e)
         ptx::store_shared(shared + (8 * i + 2 * lane.t + e % 2) * GemmSm80::kSumsPitch +
-                              (64 * p + 16 * lane.strip + lane.r + e / 2 * 8) * 4,
+                              (p * GemmSm80::kPanelRows + 16 * lane.strip + lane.r + e / 2 * 8) * 4,
                           sums[p][i][e]);
   ptx::sync_threads();
   const int column = ptx::thread() % 32 * 4;
@@ -206,14 +208,16 @@ AWQ_DEVICE void gemm_sm80_body(const core::LinearArgs& a, float* partials) {
 
     Vector codes[kPanels];
     ZeroPair zeros[kPanels];
-    for (int p = 0; p < kPanels; ++p) codes[p] = ptx::load_shared<Vector>(stage + lane.codes + p * 2048);
+    for (int p = 0; p < kPanels; ++p)
+      codes[p] = ptx::load_shared<Vector>(stage + lane.codes + p * GemmSm80::kCodeBytes);
     int g = 0, left = groups.left;  // group of a quarter, in the step; quarters until it ends
     for (int j = 0; j < 4; ++j) {
       if (kSmallGroups || j == 0) {
         for (int p = 0; p < kPanels; ++p) {
-          const std::uint32_t four =
-              a.qzeros == nullptr ? kSymmetricZeros * 0x01010101u
-                                  : ptx::load_shared<std::uint32_t>(stage + lane.zeros + (p * kCut.groups() + g) * 32);
+          const std::uint32_t four = a.qzeros == nullptr
+                                         ? kSymmetricZeros * 0x01010101u
+                                         : ptx::load_shared<std::uint32_t>(
+                                               stage + lane.zeros + (p * kCut.groups() + g) * GemmSm80::kZeroBytes);
           zeros[p] = zero_pair<kType>(four >> (lane.r % 4 * 8) & 0xffu);
         }
       }
@@ -232,7 +236,7 @@ AWQ_DEVICE void gemm_sm80_body(const core::LinearArgs& a, float* partials) {
       --left;
       if (kSmallGroups ? left == 0 || j == 3 : j == 3 && (left <= 0 || step + 1 == end)) {
         for (int p = 0; p < kPanels; ++p) {
-          const int scale = lane.scale[p] + g * 64;
+          const int scale = lane.scale[p] + g * GemmSm80::kPanelRows;
           const float low = load_shared_float(a.scale_type, stage + kCut.scales_at(), scale);
           const float high = load_shared_float(a.scale_type, stage + kCut.scales_at(), scale + 1);
           for (int i = 0; i < kTokens / 8; ++i)

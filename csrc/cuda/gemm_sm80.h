@@ -19,19 +19,23 @@ struct GemmSm80 {
   int tokens;         // of a block: 32 or 64
   bool small_groups;  // a step has parts of up to four
 
-  static constexpr int kRows = 128, kStep = 64, kThreads = 128;
-  static constexpr int kPanels = kRows / 64;  // of the layout
+  static constexpr int kThreads = 128;
+  static constexpr int kRows = 128, kStep = core::kFragments.tile_k;
+  static constexpr int kPanelRows = core::kFragments.tile_n, kPanels = kRows / kPanelRows;
+  static constexpr int kCodeBytes = core::kFragments.tile_words() * 4;      // of a panel in a step
+  static constexpr int kZeroBytes = core::kFragmentZeros.tile_words() * 4;  // of a panel in a group
   static constexpr int kBlocks = 2;  // on a multiprocessor at a time, at least: registers and memory are for that
 
   AWQ_HOST_DEVICE constexpr int groups() const { return small_groups ? 4 : 1; }  // of a step, at most
 
-  // A stage of the ring in shared memory holds a step: x [tokens][64], codes [panel] of 2 KiB, scales
-  // [panel][groups][64] of up to four bytes, zeros [panel][groups] of 32 bytes.
+  // A stage of the ring in shared memory holds a step: x [tokens][64]; codes [panel]; scales [panel][groups][64], of up
+  // to four bytes; zeros [panel][groups].
   AWQ_HOST_DEVICE constexpr int codes_at() const { return tokens * kStep * 2; }
-  AWQ_HOST_DEVICE constexpr int scales_at() const { return codes_at() + kRows * kStep / 2; }
+  AWQ_HOST_DEVICE constexpr int scales_at() const { return codes_at() + kPanels * kCodeBytes; }
   AWQ_HOST_DEVICE constexpr int zeros_at() const { return scales_at() + groups() * kRows * 4; }
   AWQ_HOST_DEVICE constexpr int stage_bytes() const {
-    return static_cast<int>(core::ceil_div(zeros_at() + groups() * kRows / 2, 128)) * 128;  // a row of x is aligned
+    const std::int64_t bytes = zeros_at() + groups() * kPanels * kZeroBytes;
+    return static_cast<int>(core::ceil_div(bytes, 128)) * 128;  // so rows of x are aligned
   }
   /// As many as let two blocks share the 100 KiB of sm_86, sm_89 and sm_120, where a block costs one KiB more.
   AWQ_HOST_DEVICE constexpr int stages() const { return (100 / kBlocks - 1) * 1024 / stage_bytes(); }

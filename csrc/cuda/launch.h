@@ -66,7 +66,7 @@ cudaError_t clip_start(const ClipArgs& args, cudaStream_t stream);
 cudaError_t clip_errors(const ClipArgs& args, cudaStream_t stream);
 cudaError_t clip_choose(const ClipArgs& args, cudaStream_t stream);
 
-/// sums[i, j] += sum over t of x[t, i] x[t, j] for j >= i; args.packed is not used.
+/// sums[i, j] += sum over t of x[t, i] x[t, j] for j >= i, for at most kGramRows rows; args.packed is not used.
 cudaError_t add_gram(const core::GramArgs& args, cudaStream_t stream);
 
 }  // namespace awq::cuda

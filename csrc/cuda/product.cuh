@@ -27,30 +27,53 @@ static_assert(kProductSide * kProductSide == kThreads && kProductSide * 8 == kPr
 /// loads of neighbouring threads are neighbours.
 AWQ_DEVICE int product_index(int side, int i) { return i / 4 * (kProductTile / 2) + side * 4 + i % 4; }
 
-/// Of the factors of a step, those that a thread moves. kAlongDepth: factors at neighbouring depths are neighbours in
-/// memory, else factors at neighbouring indices of the tile.
-template <bool kAlongDepth>
-struct ProductShare {
-  float value[kProductShare];
+AWQ_DEVICE int part_of_tile(std::int64_t left) { return static_cast<int>(smaller(left, kProductTile)); }
 
-  /// factor(depth, index) is the factor there, 0 outside of the matrix.
-  template <class Factor>
-  AWQ_DEVICE void fetch(std::int64_t depth, const Factor& factor) {
+/// A matrix of factors, from the first of a tile on: the one at depth i, index j of the tile is
+/// data[i * depth_stride + j * index_stride]. Where i >= depths or j >= indices there is none.
+struct Factors {
+  const float* data;
+  int depths, indices;  // a k x k matrix fits no memory where k does not fit an int
+  std::int64_t depth_stride, index_stride;
+};
+
+/// Of the factors of a step, those that a thread moves. kAlongDepth: factors at neighbouring depths are neighbours in
+/// memory (depth_stride 1), else factors at neighbouring indices (index_stride 1).
+template <bool kAlongDepth>
+class ProductShare {
+ public:
+  AWQ_DEVICE explicit ProductShare(const Factors& from)
+      : from_(from), next_(from.data + depth_of(0) * from.depth_stride + index_of(0) * from.index_stride) {}
+
+  /// Takes the factors of depths depth .. depth + kProductDepth - 1, 0 where there are none; steps come in their order.
+  /// use(x, depth, index) is what counts of a factor x.
+  template <class Use>
+  AWQ_DEVICE void fetch(int depth, const Use& use) {
     for (int u = 0; u < kProductShare; ++u) {
-      const int element = ptx::thread() + u * kThreads;
-      value[u] = factor(depth + depth_of(element), index_of(element));
+      const bool inside = depth + depth_of(u) < from_.depths && index_of(u) < from_.indices;
+      const std::int64_t further = kAlongDepth ? kIndices * u * from_.index_stride : kDepths * u * from_.depth_stride;
+      value_[u] = inside ? use(ptx::load(next_ + further), depth + depth_of(u), index_of(u)) : 0.0f;
     }
+    next_ += kProductDepth * from_.depth_stride;
   }
   AWQ_DEVICE void put(ptx::Shared to) const {
-    for (int u = 0; u < kProductShare; ++u) {
-      const int element = ptx::thread() + u * kThreads;
-      ptx::store_shared(to + 4u * static_cast<unsigned>(depth_of(element) * kProductStride + index_of(element)),
-                        value[u]);
-    }
+    for (int u = 0; u < kProductShare; ++u)
+      ptx::store_shared(to + 4u * static_cast<unsigned>(depth_of(u) * kProductStride + index_of(u)), value_[u]);
   }
 
-  AWQ_DEVICE static int depth_of(int element) { return kAlongDepth ? element % kProductDepth : element / kProductTile; }
-  AWQ_DEVICE static int index_of(int element) { return kAlongDepth ? element / kProductDepth : element % kProductTile; }
+ private:
+  // The threads take a run of whole depths or of whole indices together, and then the next.
+  static constexpr int kIndices = kThreads / kProductDepth, kDepths = kThreads / kProductTile;
+  AWQ_DEVICE static int depth_of(int u) {
+    return kAlongDepth ? ptx::thread() % kProductDepth : ptx::thread() / kProductTile + kDepths * u;
+  }
+  AWQ_DEVICE static int index_of(int u) {
+    return kAlongDepth ? ptx::thread() / kProductDepth + kIndices * u : ptx::thread() % kProductTile;
+  }
+
+  const Factors& from_;
+  const float* next_;
+  float value_[kProductShare];
 };
 
 /// A thread's eight factors of one depth.
@@ -61,26 +84,26 @@ AWQ_DEVICE void load_factors(ptx::Shared row, int side, float (&factor)[8]) {
   }
 }
 
-/// sum[r][c] = sum over depth [begin, end) of left(depth, row) * right(depth, column), one after another, each addition
-/// rounded once. All threads of the block take part; factors are 0 at end and beyond.
-template <bool kLeftAlongDepth, class Left, class Right>
-AWQ_DEVICE void multiply_tile(std::int64_t begin, std::int64_t end, const Left& left, const Right& right,
-                              float (&sum)[8][8]) {
+/// sum[r][c] = sum over the depths of left (row) times right (column), one after another, each addition rounded once.
+/// All threads of the block take part.
+template <bool kLeftAlongDepth, class LeftUse, class RightUse>
+AWQ_DEVICE void multiply_tile(const Factors& left, const LeftUse& left_use, const Factors& right,
+                              const RightUse& right_use, float (&sum)[8][8]) {
   for (int r = 0; r < 8; ++r)
     for (int c = 0; c < 8; ++c) sum[r][c] = 0.0f;
   const int down = ptx::thread() / kProductSide, across = ptx::thread() % kProductSide;
-  ProductShare<kLeftAlongDepth> rows;
-  ProductShare<false> columns;
-  rows.fetch(begin, left), columns.fetch(begin, right);
+  ProductShare<kLeftAlongDepth> rows(left);
+  ProductShare<false> columns(right);
+  rows.fetch(0, left_use), columns.fetch(0, right_use);
   ptx::sync_threads();  // nobody reads what an earlier product left in shared memory
   ptx::Shared here = ptx::dynamic_shared(), other = here + 2 * kProductOperand;
-  for (std::int64_t depth = begin; depth < end; depth += kProductDepth) {
+  for (int depth = 0; depth < left.depths; depth += kProductDepth) {
     rows.put(here), columns.put(here + kProductOperand);
     // One barrier a step suffices: whoever writes here again has passed the next one, which all reach after reading.
     ptx::sync_threads();
-    if (depth + kProductDepth < end) {
-      rows.fetch(depth + kProductDepth, left);
-      columns.fetch(depth + kProductDepth, right);
+    if (depth + kProductDepth < left.depths) {
+      rows.fetch(depth + kProductDepth, left_use);
+      columns.fetch(depth + kProductDepth, right_use);
     }
     for (int i = 0; i < kProductDepth; ++i) {
       const ptx::Shared row = here + 4u * static_cast<unsigned>(i * kProductStride);
@@ -95,40 +118,35 @@ AWQ_DEVICE void multiply_tile(std::int64_t begin, std::int64_t end, const Left& 
   }
 }
 
-/// core's gram_pack and gram_add in one: sums[i, j] += sum over rows t of x[t, i] x[t, j] for j >= i. Some hundred rows
-/// are summed on their own before they are added to sums, as on a CPU: a sum of millions of rows would lose digits.
+/// core's gram_pack and gram_add in one, for at most kGramRows rows: sums[i, j] += sum over rows t of x[t, i] x[t, j]
+/// for j >= i.
 AWQ_DEVICE void gram_body(const core::GramArgs& a) {
   const std::int64_t side = product_tiles(a.k);
   for (std::int64_t tile = ptx::block_x(); tile < side * side; tile += ptx::grid_x()) {
     const std::int64_t first_row = tile / side * kProductTile, first_column = tile % side * kProductTile;
     if (first_row > first_column) continue;
-    for (std::int64_t begin = 0; begin < a.t; begin += kGramRows) {
-      const std::int64_t end = smaller(begin + kGramRows, a.t);
-      const auto factor = [&](std::int64_t first) {
-        return [&a, first, end](std::int64_t t, int index) {
-          const std::int64_t column = first + index;
-          if (t >= end || column >= a.k) return 0.0f;
-          const float x = ptx::load(a.x + t * a.x_stride + column);
-          return a.bfloat16 ? core::bfloat_to_float(core::float_to_bfloat(x)) : x;
-        };
-      };
-      float sum[8][8];
-      multiply_tile<false>(begin, end, factor(first_row), factor(first_column), sum);
-      for (int r = 0; r < 8; ++r)
-        for (int c = 0; c < 8; ++c) {
-          const std::int64_t i = first_row + product_index(ptx::thread() / kProductSide, r);
-          const std::int64_t j = first_column + product_index(ptx::thread() % kProductSide, c);
-          if (i > j || j >= a.k) continue;
-          float* place = a.sums + i * a.k + j;
-          ptx::store(place, ptx::load(place) + sum[r][c]);
-        }
+    const Factors rows{a.x + first_row, static_cast<int>(a.t), part_of_tile(a.k - first_row), a.x_stride, 1};
+    const Factors columns{a.x + first_column, static_cast<int>(a.t), part_of_tile(a.k - first_column), a.x_stride, 1};
+    const auto rounded = [&](float x, int, int) {
+      return a.bfloat16 ? core::bfloat_to_float(core::float_to_bfloat(x)) : x;
+    };
+    float sum[8][8];
+    multiply_tile<false>(rows, rounded, columns, rounded, sum);
+    for (int r = 0; r < 8; ++r) {
+      const std::int64_t i = first_row + product_index(ptx::thread() / kProductSide, r);
+      for (int c = 0; c < 8; ++c) {
+        const std::int64_t j = first_column + product_index(ptx::thread() % kProductSide, c);
+        if (i > j || j >= a.k) continue;
+        float* place = a.sums + i * a.k + j;
+        ptx::store(place, ptx::load(place) + sum[r][c]);
+      }
     }
   }
 }
 
 /// partial[batch, column tile, row] = the part of d G d^T that the tile's columns j make: over all i <= j of
-/// d_i t_ij d_j, t_ij = G_ij, doubled off the diagonal (core's packed triangle). Sums over i are float32, the others
-/// float64.
+/// d_i t_ij d_j, t_ij = G_ij, doubled off the diagonal (core's packed triangle). Sums over i, and over the columns of a
+/// thread, are float32, the others float64, as on a CPU.
 AWQ_DEVICE void loss_body(const LossArgs& a) {
   const std::int64_t down = product_tiles(a.rows), across = product_tiles(a.k);
   for (std::int64_t tile = ptx::block_x(); tile < a.batches * down * across; tile += ptx::grid_x()) {
@@ -138,27 +156,25 @@ AWQ_DEVICE void loss_body(const LossArgs& a) {
     const std::int64_t first_row = tile / across % down * kProductTile, first_column = column_tile * kProductTile;
     const float* d = a.d + batch * a.rows * a.k;
     const float* gram = a.gram + batch * a.k * (a.gram_stride + 1);
-    const auto error = [&](std::int64_t depth, int index) {
-      const std::int64_t row = first_row + index;
-      return depth < a.k && row < a.rows ? ptx::load(d + row * a.k + depth) : 0.0f;
-    };
-    const auto entry = [&](std::int64_t i, int index) {
-      const std::int64_t j = first_column + index;
-      if (i > j || j >= a.k) return 0.0f;
-      const float g = ptx::load(gram + i * a.gram_stride + j);
-      return i == j ? g : 2.0f * g;
+    const auto depths = static_cast<int>(smaller(a.k, first_column + kProductTile));
+    const Factors errors{d + first_row * a.k, depths, part_of_tile(a.rows - first_row), 1, a.k};
+    const Factors entries{gram + first_column, depths, part_of_tile(a.k - first_column), a.gram_stride, 1};
+    const auto doubled = [column = static_cast<int>(first_column)](float g, int i, int index) {
+      return i < column + index ? 2.0f * g : (i == column + index ? g : 0.0f);
     };
     float sum[8][8];
-    multiply_tile<true>(0, smaller(a.k, first_column + kProductTile), error, entry, sum);
+    multiply_tile<true>(errors, [](float x, int, int) { return x; }, entries, doubled, sum);
     for (int r = 0; r < 8; ++r) {
       const int row = product_index(ptx::thread() / kProductSide, r);
-      double total = 0.0;
+      float products = 0.0f;
       for (int c = 0; c < 8; ++c) {
-        const int column = product_index(ptx::thread() % kProductSide, c);
-        total += static_cast<double>(sum[r][c]) * static_cast<double>(error(first_column + column, row));
+        const std::int64_t column = first_column + product_index(ptx::thread() % kProductSide, c);
+        if (column < a.k && row < errors.indices)
+          products = std::fma(sum[r][c], ptx::load(errors.data + row * a.k + column), products);
       }
+      double total = products;
       for (int distance = kProductSide / 2; distance > 0; distance /= 2) total += ptx::shuffle_xor(total, distance);
-      if (ptx::thread() % kProductSide == 0 && first_row + row < a.rows)
+      if (ptx::thread() % kProductSide == 0 && row < errors.indices)
         ptx::store(a.partial + (batch * across + column_tile) * a.rows + first_row + row, total);
     }
   }

@@ -2,6 +2,7 @@
 #pragma once
 #include <cstdint>
 
+#include "../core/gram.h"
 #include "../core/quantize.h"
 #include "../core/search.h"
 
@@ -9,7 +10,7 @@ namespace awq::cuda {
 
 inline constexpr int kProductTile = 128;  // rows and columns of the sums that a block has at a time
 inline constexpr int kProductDepth = 8;   // of one step
-inline constexpr int kGramRows = 256;     // rows of x that are summed before they are added to the sums
+inline constexpr int kGramRows = 512;     // rows of x that are summed before they are added to the sums
 inline constexpr int kMeanRows = 64;      // rows of w that one thread sums up in w_mean
 
 AWQ_HOST_DEVICE constexpr std::int64_t product_tiles(std::int64_t size) {
@@ -86,5 +87,45 @@ struct ClipArgs {
   AWQ_HOST_DEVICE std::int64_t groups() const { return k / group; }
   AWQ_HOST_DEVICE std::int64_t items() const { return groups() * rows * candidates; }
 };
+
+// --- the order of work, where memory allows only a part of it at a time; each function given enqueues a step
+// -----------
+
+template <class Add>
+void for_gram_rows(core::GramArgs rows, const Add& add) {
+  const std::int64_t t = rows.t;
+  for (std::int64_t begin = 0; begin < t; begin += kGramRows, rows.x += kGramRows * rows.x_stride) {
+    rows.t = smaller(kGramRows, t - begin);
+    add(rows);
+  }
+}
+
+/// errors.items in all, `most` at a time: d, verdict and partial are of that many, loss of all.
+template <class Errors, class Losses>
+void for_scale_items(ScaleErrorArgs errors, LossArgs losses, std::int64_t most, const Errors& run_errors,
+                     const Losses& run_losses) {
+  const std::int64_t items = errors.items;
+  for (errors.first = 0; errors.first < items; errors.first += most, losses.loss += most) {
+    errors.items = losses.rows = smaller(most, items - errors.first);
+    run_errors(errors);
+    run_losses(losses);
+  }
+}
+
+/// All rows of w, `most` at a time: d, partial and loss are of that many. Both ends are shrunk together, and then, from
+/// the best of those, each alone; symmetric codes have one end.
+template <class Errors, class Losses, class Choose>
+void for_clip_tries(ClipArgs a, LossArgs losses, std::int64_t most, double step, const Errors& run_errors,
+                    const Losses& run_losses, const Choose& run_choose) {
+  constexpr bool kEnds[3][2] = {{true, true}, {true, false}, {false, true}};
+  for (a.row = 0; a.row < a.n; a.row += most)
+    for (int i = 0; i < (a.to.zero_point ? 3 : 1); ++i) {
+      a.rows = smaller(most, a.n - a.row), losses.rows = a.rows * a.candidates;
+      a.lo_step = kEnds[i][0] ? step : 0.0, a.hi_step = kEnds[i][1] ? step : 0.0;
+      run_errors(a);
+      run_losses(losses);
+      run_choose(a);
+    }
+}
 
 }  // namespace awq::cuda

@@ -58,15 +58,12 @@ Tensor losses_of(const Tensor& w, const WeightShape& shape, const Tensor& candid
   Tensor d = new_empty(w, {most, k}), verdict = new_empty(w, {most});
   Tensor partial = new_empty(w, {cuda::product_tiles(k), most}, ScalarType::Double);
   Tensor row_loss = new_empty(w, {count, n}, ScalarType::Double), losses = new_empty(w, {count}, ScalarType::Double);
-  for (std::int64_t first = 0; first < items; first += most) {
-    const std::int64_t rows = std::min(most, items - first);
-    STD_CUDA_CHECK(cuda::scale_errors(
-        {floats_of(w), floats_of(candidates), n, k, group, first, rows, to, new_floats_of(d), new_floats_of(verdict)},
-        stream));
-    STD_CUDA_CHECK(cuda::losses({floats_of(d), floats_of(second_moment), 1, rows, k, k, new_doubles_of(partial),
-                                 floats_of(verdict), new_doubles_of(row_loss) + first},
-                                stream));
-  }
+  cuda::for_scale_items(
+      {floats_of(w), floats_of(candidates), n, k, group, 0, items, to, new_floats_of(d), new_floats_of(verdict)},
+      {floats_of(d), floats_of(second_moment), 1, most, k, k, new_doubles_of(partial), floats_of(verdict),
+       new_doubles_of(row_loss)},
+      most, [&](const cuda::ScaleErrorArgs& a) { STD_CUDA_CHECK(cuda::scale_errors(a, stream)); },
+      [&](const cuda::LossArgs& a) { STD_CUDA_CHECK(cuda::losses(a, stream)); });
   const cuda::TotalArgs total{static_cast<const double*>(row_loss.const_data_ptr()),
                               weights ? floats_of(*weights) : nullptr,
                               floats_of(candidates),
@@ -144,17 +141,13 @@ Tensor search_clip(const Tensor& w, const Tensor& gram, std::int64_t group_size,
   a.poison = new_floats_of(poison), a.range = new_floats_of(range), a.best = new_doubles_of(best);
   a.d = new_floats_of(d), a.loss = new_doubles_of(loss);
   STD_CUDA_CHECK(cuda::clip_start(a, device.stream));
-  const double step = max_shrink / static_cast<double>(grid);
-  for (a.row = 0; a.row < n; a.row += most)
-    for (const auto& [lo, hi] : {std::pair(step, step), std::pair(step, 0.0), std::pair(0.0, step)}) {
-      a.rows = std::min(most, n - a.row), a.lo_step = lo, a.hi_step = hi;
-      STD_CUDA_CHECK(cuda::clip_errors(a, device.stream));
-      STD_CUDA_CHECK(cuda::losses(
-          {a.d, a.gram, groups, a.rows * tries, group, k, new_doubles_of(partial), nullptr, new_doubles_of(loss)},
-          device.stream));
-      STD_CUDA_CHECK(cuda::clip_choose(a, device.stream));
-      if (!zero_point) break;  // symmetric codes have one end
-    }
+  const cudaStream_t stream = device.stream;
+  cuda::for_clip_tries(
+      a, {a.d, a.gram, groups, most * tries, group, k, new_doubles_of(partial), nullptr, new_doubles_of(loss)}, most,
+      max_shrink / static_cast<double>(grid),
+      [&](const cuda::ClipArgs& part) { STD_CUDA_CHECK(cuda::clip_errors(part, stream)); },
+      [&](const cuda::LossArgs& part) { STD_CUDA_CHECK(cuda::losses(part, stream)); },
+      [&](const cuda::ClipArgs& part) { STD_CUDA_CHECK(cuda::clip_choose(part, stream)); });
   return range;
 }
 
@@ -174,7 +167,7 @@ void add_gram(Tensor sums, const Tensor& x, bool bfloat16) {
   const Tensor rows = as_rows(x, args.x_stride);
   args.x = floats_of(rows), args.sums = new_floats_of(sums);
   args.t = x.size(0), args.k = x.size(1), args.bfloat16 = bfloat16;
-  STD_CUDA_CHECK(cuda::add_gram(args, device.stream));
+  cuda::for_gram_rows(args, [&](const core::GramArgs& part) { STD_CUDA_CHECK(cuda::add_gram(part, device.stream)); });
 }
 
 }  // namespace

@@ -49,6 +49,8 @@ STABLE_TORCH_LIBRARY(awq_ext, m) {
   //   tie int64 [k]: channels with the same number share one scale (None: none do)
   //   row_weight float32 [n]: how much each row's error counts (None: all the same)
   //   -> scale float32 [k], losses float64 [candidates] (losses[0] is the identity's, i.e. round-to-nearest)
+  // Rounding errors are the same on every device; the order of their sums is not. On CUDA, here and below, NaN comes
+  // out where a CPU raises for values.
   m.def(
       "search_scale(Tensor w, Tensor x_mean, Tensor gram, *, int group_size, int w_bit=4, int grid=20, "
       "bool duo_scaling=True, bool zero_point=True, Tensor? tie=None, Tensor? row_weight=None, "
@@ -73,10 +75,10 @@ STABLE_TORCH_LIBRARY(awq_ext, m) {
       "search_clip(Tensor w, Tensor gram, *, int group_size, int w_bit=4, int grid=20, float max_shrink=0.5, "
       "bool zero_point=True, ScalarType? dtype=None) -> Tensor");
 
-  // Rounds w like `quantize`, but to what loses least in the output: loss of a row d gram d^T, d = dequantized - w.
-  // Columns one after another, each making up for the errors before it (GPTQ; act_order: those with the largest
-  // diagonal of gram first, else from left to right), then `passes` of coordinate descent over codes and, with
-  // refit_scales, group scales. No row loses more than with `quantize`. Groups and zeros are those of `quantize`.
+  // On a CPU only. Rounds w like `quantize`, but to what loses least in the output: loss of a row d gram d^T,
+  // d = dequantized - w. Columns one after another, each making up for the errors before it (GPTQ; act_order: those with
+  // the largest diagonal of gram first, else from left to right), then `passes` of coordinate descent over codes and,
+  // with refit_scales, group scales. No row loses more than with `quantize`. Groups and zeros are those of `quantize`.
   //   w float [n, k], gram float32 [k, k], range float32 [n, G, 2]; damping times the mean of gram's diagonal is
   //   added to it in the first step -> q uint8 [n, k], scales `dtype` (None: float16) [n, G], zeros uint8 [n, G]
   m.def(

@@ -66,12 +66,15 @@ bool same_bits(const T* a, const T* b, std::int64_t count) {
   return std::memcmp(a, b, static_cast<std::size_t>(count) * sizeof(T)) == 0;
 }
 
+void play_losses(const LossArgs& args) {
+  play(loss_body, args, kProductShared);
+  play(row_loss_body, args);
+}
+
 std::vector<double> played_losses(const float* d, const float* gram, std::int64_t batches, std::int64_t rows,
                                   std::int64_t k, std::int64_t stride, const float* verdict = nullptr) {
   Made<double> partial(batches * product_tiles(k) * rows), loss(batches * rows);
-  const LossArgs args{d, gram, batches, rows, k, stride, partial, verdict, loss};
-  play(loss_body, args, kProductShared);
-  play(row_loss_body, args);
+  play_losses({d, gram, batches, rows, k, stride, partial, verdict, loss});
   REQUIRE(partial.whole());
   REQUIRE(loss.whole());
   return {static_cast<double*>(loss), static_cast<double*>(loss) + batches * rows};
@@ -103,17 +106,10 @@ std::vector<float> clip_played(const float* w, const float* gram, std::int64_t n
   a.poison = poison, a.range = range, a.best = best, a.d = d, a.loss = loss;
   play(clip_poison_body, a);
   play(clip_start_body, a);
-  const double step = max_shrink / static_cast<double>(grid);
-  for (a.row = 0; a.row < n; a.row += most)
-    for (const auto& [lo, hi] : {std::pair(step, step), std::pair(step, 0.0), std::pair(0.0, step)}) {
-      a.rows = std::min(most, n - a.row), a.lo_step = lo, a.hi_step = hi;
-      play(clip_error_body, a);
-      const LossArgs losses{a.d, a.gram, groups, a.rows * tries, group, k, partial, nullptr, loss};
-      play(loss_body, losses, kProductShared);
-      play(row_loss_body, losses);
-      play(clip_choose_body, a);
-      if (!to.zero_point) break;
-    }
+  for_clip_tries(
+      a, {a.d, a.gram, groups, most * tries, group, k, partial, nullptr, loss}, most,
+      max_shrink / static_cast<double>(grid), [](const ClipArgs& part) { play(clip_error_body, part); }, play_losses,
+      [](const ClipArgs& part) { play(clip_choose_body, part); });
   REQUIRE(range.whole());
   return {static_cast<float*>(range), static_cast<float*>(range) + n * groups * 2};
 }
@@ -285,6 +281,37 @@ TEST_CASE("search: losses are d G d^T, of the upper triangle alone, batch by bat
   }
 }
 
+TEST_CASE("search: losses of all items are those of core, however many are worked on at a time") {
+  constexpr std::int64_t n = 5, k = 150, group = 50, count = 3, items = n * count;
+  Random random(89);
+  const Rounding to{true, DType::bf16, core::last_code(3)};
+  const core::Kernels& kernels = core::portable_kernels();
+  const Given<float> w(random.floats(n * k, -0.7, 1.0)), candidates(random.floats(count * k, 0.25, 4.0));
+  const Given<float> gram(test::gram_matrix(k, 2 * k, random));
+  const core::SearchArgs args{w, n, k, group, to, &kernels};
+  std::vector<float> triangle(static_cast<std::size_t>(core::triangle_size(k, kernels.panel))), inverse,
+      scratch(static_cast<std::size_t>(core::scale_scratch_size(args)));
+  core::pack_triangle(gram, k, k, kernels.panel, triangle.data());
+  std::vector<double> expected(items);
+  for (std::int64_t i = 0; i < count * k; ++i) inverse.push_back(1.0f / candidates[i]);
+  for (std::int64_t c = 0; c < count; ++c)
+    core::scale_losses(args, triangle.data(), candidates + c * k, inverse.data() + c * k, 0, n, scratch.data(),
+                       expected.data() + c * n);
+  for (const std::int64_t most : {1, 4, 7, 15}) {
+    Made<float> d(most * k), verdict(most);
+    Made<double> partial(product_tiles(k) * most), loss(items);
+    for_scale_items(
+        {w, candidates, n, k, group, 0, items, to, d, verdict}, {d, gram, 1, most, k, k, partial, verdict, loss}, most,
+        [](const ScaleErrorArgs& part) { play(scale_error_body, part); }, play_losses);
+    REQUIRE(loss.whole());
+    for (std::int64_t item = 0; item < items; ++item) {
+      const double want = expected[static_cast<std::size_t>(item)];
+      CAPTURE(most, item, want);
+      CHECK(std::fabs(loss[item] - want) <= 1e-4 * want);
+    }
+  }
+}
+
 TEST_CASE("search: totals count rows by their weights, and the first of the smallest wins") {
   Random random(85);
   for (const std::int64_t n : {0, 1, 300, 1000}) {
@@ -420,7 +447,7 @@ TEST_CASE("search: sums of x^T x, on and right of the diagonal, whatever the str
       std::copy(before.begin(), before.end(), sums.begin());
       core::GramArgs args{};
       args.x = x, args.sums = sums.data(), args.t = t, args.k = k, args.x_stride = k + gap, args.bfloat16 = bfloat16;
-      play(gram_body, args, kProductShared);
+      for_gram_rows(args, [](const core::GramArgs& rows) { play(gram_body, rows, kProductShared); });
       const auto factor = [&, k = k](std::int64_t row, std::int64_t i) {
         const float value = x[row * (k + gap) + i];
         return double{bfloat16 ? core::bfloat_to_float(core::float_to_bfloat(value)) : value};

@@ -19,6 +19,7 @@ struct Image {
   const char* start = nullptr;
   std::vector<char> bytes;
 
+  void take(const char* from, const char* end);  // multiples of 8
   bool holds(const void* p, std::size_t size) const;
   /// Whether these bytes have been written since, with something else. False if they were not seen.
   bool differs(const void* p, std::size_t size) const;
