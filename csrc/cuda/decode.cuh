@@ -53,34 +53,21 @@ struct DecodeShare {
   }
 };
 
-/// One stage of x: kDecodeAhead * parts steps from `step` on of all rows, zeros behind the end of k. Piece c (16 bytes)
-/// of row i lies at c ^ i % 8, so that the eight rows of a matrix are in distinct banks. Steps from `end` on are not
-/// touched.
-AWQ_DEVICE void fill_stage(const core::LinearArgs& a, ptx::Shared stage, int pieces_log, int step, int end,
-                           bool aligned) {
+/// Begins to copy one stage of x: kDecodeAhead * parts steps from `step` on, of all rows, zeros behind the end of k.
+/// Piece c (16 bytes) of row i lies at c ^ i % 8, so that the eight rows of a matrix are in distinct banks. Steps from
+/// `end` on are not touched.
+AWQ_DEVICE void copy_stage(const core::LinearArgs& a, ptx::Shared stage, int pieces_log, int step, int end) {
   const auto* const x = static_cast<const std::uint16_t*>(a.x) + std::int64_t{step} * kDecodeStep;
-  const int left = static_cast<int>(a.k) - step * kDecodeStep, pieces = 1 << pieces_log;
-  const auto at = [&](int row, int piece) {
-    return stage + static_cast<ptx::Shared>(row << pieces_log | (piece ^ (row & 7))) * 16;
-  };
-  if (aligned) {
+  const int left = static_cast<int>(a.k) - step * kDecodeStep;
 #pragma unroll 1
-    for (int i = ptx::thread(); i < static_cast<int>(a.m) << pieces_log; i += kDecodeThreads) {
-      const int row = i >> pieces_log, piece = i & (pieces - 1), count = left - piece * 8;
-      if (step + piece / 8 < end)
-        ptx::copy_async(at(row, piece), x + row * a.x_stride + (count > 0 ? piece * 8 : 0),
-                        count < 0   ? 0
-                        : count < 8 ? count * 2
-                                    : 16);
-    }
-  } else {
-#pragma unroll 1
-    for (int i = ptx::thread(); i < static_cast<int>(a.m) << (pieces_log + 3); i += kDecodeThreads) {
-      const int row = i >> (pieces_log + 3), col = i & (pieces * 8 - 1);
-      if (step + col / kDecodeStep < end)
-        ptx::store_shared(at(row, col / 8) + col % 8 * 2,
-                          col < left ? ptx::load(x + row * a.x_stride + col) : std::uint16_t{0});
-    }
+  for (int i = ptx::thread(); i < static_cast<int>(a.m) << pieces_log; i += kDecodeThreads) {
+    const int row = i >> pieces_log, piece = i & ((1 << pieces_log) - 1), count = left - piece * 8;
+    if (step + piece / 8 < end)
+      ptx::copy_async(stage + static_cast<ptx::Shared>(i ^ (row & 7)) * 16,
+                      x + row * a.x_stride + (count > 0 ? piece * 8 : 0),
+                      count < 0   ? 0
+                      : count < 8 ? count * 2
+                                  : 16);
   }
 }
 
@@ -196,8 +183,7 @@ AWQ_DEVICE void decode_body(const core::LinearArgs& a, const DecodeCut& cut, flo
   DecodeGroups<kUnit> groups(a, cut, share);
   groups.load();
   ptx::wait_for_earlier_kernels();
-  const bool aligned = reinterpret_cast<std::uintptr_t>(a.x) % 16 == 0 && a.x_stride % 8 == 0;
-  fill_stage(a, stage(0), pieces_log, share.begin, share.end, aligned);
+  copy_stage(a, stage(0), pieces_log, share.begin, share.end);
   unrolled<kDecodeAhead>([&](auto s) {
     if (s >= kBefore && s < share.count) copy_step(s);
     ptx::copy_async_commit();
@@ -250,7 +236,7 @@ AWQ_DEVICE void decode_body(const core::LinearArgs& a, const DecodeCut& cut, flo
   for (int c = 0; share.begin + c * stage_steps < share.end; ++c) {
     ptx::copy_async_wait<kDecodeAhead - 1>();
     ptx::sync_threads();  // stage c is full, and c - 1 is not used any more
-    fill_stage(a, stage(c + 1), pieces_log, share.begin + (c + 1) * stage_steps, share.end, aligned);
+    copy_stage(a, stage(c + 1), pieces_log, share.begin + (c + 1) * stage_steps, share.end);
     for (int tile = 0; tile < kTiles; ++tile) {
       const int row = tile * 8 + lane % 8;
       const ptx::Shared begin = stage(c) + (static_cast<ptx::Shared>(row) << (pieces_log + 4)) + share.part * 128;

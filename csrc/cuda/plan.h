@@ -47,6 +47,7 @@ struct CudaPlan {
   int threads = 0;                      // of a block
   int shared_bytes = 0;                 // of a block
   std::int64_t workspace_bytes = 0;     // temporary global memory
+  bool early = false;                   // begins while the kernels before it in the stream still run; decode only
 };
 
 /// The plan for a call with at least one output. What no kernel can do, or not fast enough, is a dequantized weight and

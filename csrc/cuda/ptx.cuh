@@ -92,16 +92,6 @@ AWQ_DEVICE T load_once(const T* p) {
   }
 }
 
-/// The same where `is`; else `into` stays as it is. Its registers are loaded in place: a load that is still under way
-/// must not be copied from one register to another, which would wait for it.
-AWQ_DEVICE void load_once_if(bool is, const Vector* p, Vector& into) {
-  asm volatile(
-      "{\n.reg .pred is;\nsetp.ne.u32 is, %5, 0;\n"
-      "@is ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];\n}"
-      : "+r"(into.word[0]), "+r"(into.word[1]), "+r"(into.word[2]), "+r"(into.word[3])
-      : "l"(p), "r"(static_cast<std::uint32_t>(is)));
-}
-
 /// Cached. Memory that no kernel in flight writes.
 template <class T>
 AWQ_DEVICE T load_constant(const T* p) {

@@ -81,9 +81,6 @@ AWQ_DEVICE T load_once(const T* p, Where where = Where::current()) {
   simt::check_global_read(p, sizeof(T), sizeof(T), simt::Cached::yes, where);
   return *p;
 }
-AWQ_DEVICE void load_once_if(bool is, const Vector* p, Vector& into, Where where = Where::current()) {
-  if (is) into = load_once(p, where);
-}
 template <class T>
 AWQ_DEVICE T load_constant(const T* p, Where where = Where::current()) {
   simt::check_global_read(p, sizeof(T), sizeof(T), simt::Cached::yes, where);

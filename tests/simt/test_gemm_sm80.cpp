@@ -84,7 +84,7 @@ Types types_of(int i) {
 
 TEST_CASE("gemm_sm80: rows and columns that no tile divides") {
   int i = 0;
-  for (const std::int64_t m : {17, 33, 65})
+  for (const std::int64_t m : {17, 31, 33, 64, 65, 130})
     for (const std::int64_t n : {8, 24, 64, 136}) {
       LinearCase c = make({m, n, 192, 64}, types_of(i++));
       check(c, 1, {0, 1});
@@ -188,6 +188,20 @@ TEST_CASE("gemm_sm80: many tiles", "[.slow]") {
         ++i;
         check(c, cuda::gemm_sm80_plan(problem(c), kAda), {0, 1, 2});
       }
+}
+
+TEST_CASE("gemm_sm80: calls of any kind", "[.slow]") {
+  test::Random random(1);
+  const auto below = [&](std::int64_t end) { return static_cast<std::int64_t>(random.bits() % end); };
+  for (int i = 0; i < 400; ++i) {
+    const std::int64_t group = below(5) == 0 ? 1 + below(700) : 16 * (1 + below(12));
+    const std::int64_t k = group % 16 == 0 ? group * (1 + below(700 / group + 1)) : group;
+    const std::int64_t steps = core::ceil_div(k, 64);
+    LinearCase c =
+        make({1 + below(140), 8 * (1 + below(40)), k, group}, types_of(static_cast<int>(below(60))), random.bits());
+    const int tokens = kBothTiles[below(2)], splits = static_cast<int>(1 + below(steps < 9 ? steps : 9));
+    check(c, cuda::gemm_sm80_plan(problem(c), tokens, splits), {random.bits(), random.bits()});
+  }
 }
 
 TEST_CASE("gemm_sm80: plans") {
