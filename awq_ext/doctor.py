@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import platform
 import sys
 from importlib import metadata
@@ -87,24 +88,26 @@ def self_check(device: str) -> str:
 
     The definition, in float64: y = x W^T + bias with W[n, k] = (q[n, k] - z[n, k // g]) * s[n, k // g].
     """
+    kinds = (torch.float32, torch.float16, torch.bfloat16)
+    rows_of_x = (1, 3, 16, 65)  # one for each way that kernels treat x: a row, some rows, tiles
+    layouts = ("gemm", "fragments") if torch.device(device).type == "cuda" else ("gemm",)
     try:
-        for dtype in (torch.float32, torch.float16, torch.bfloat16):
-            for rows in (1, 3, 16, 65):  # one for each way that kernels treat x: a row, some rows, tiles
-                for group_size in (32, 128):
-                    excess = _worst_error(rows, group_size, dtype, device)
-                    if not excess <= 1:  # a NaN is an error too
-                        return (
-                            f"failed: linear of {rows} rows, group size {group_size}, {dtype} is off by "
-                            f"{excess:.3g} times what rounding allows"
-                        )
+        for dtype, rows, group_size, layout in itertools.product(kinds, rows_of_x, (32, 128), layouts):
+            excess = _worst_error(rows, group_size, dtype, device, layout)
+            if not excess <= 1:  # a NaN is an error too
+                return (
+                    f"failed: linear of {rows} rows, group size {group_size}, {dtype}, layout {layout} is off by "
+                    f"{excess:.3g} times what rounding allows"
+                )
     except Exception as error:  # whatever a broken build does, this is where it is to be told
         return f"failed: {type(error).__name__}: {error}"
     return "ok"
 
 
-def _worst_error(rows: int, group_size: int, dtype: torch.dtype, device: str) -> float:
+def _worst_error(rows: int, group_size: int, dtype: torch.dtype, device: str, layout: str) -> float:
     """The largest error of linear on random data, over the bound that rounding gives it."""
     from awq_ext import ops
+    from awq_ext.layouts import repack_scales
 
     n, k = 72, 256
     generator = torch.Generator().manual_seed(rows)
@@ -118,11 +121,12 @@ def _worst_error(rows: int, group_size: int, dtype: torch.dtype, device: str) ->
     bias = torch.randn(n, generator=generator).to(dtype)
     y = ops.linear(
         x.to(device),
-        ops.pack(q).to(device),
-        scales.t().contiguous().to(device),
-        ops.pack(z).to(device),
+        ops.pack(q, layout=layout).to(device),
+        repack_scales(scales.t().contiguous(), "gemm", layout).to(device),
+        ops.pack(z, layout=f"{layout}.zeros").to(device),
         bias.to(device),
         group_size=group_size,
+        layout=layout,
     )
 
     each = group_size

@@ -29,17 +29,18 @@ namespace awq::cuda {
 /// that counts along k, and blocks, fit 32 bits (decode.h).
 struct DecodeShare {
   int strip, parts, part;
-  std::int64_t row;       // of W, the first of the strip
+  std::uint32_t row;      // of W, the first of the strip
   int rank;               // of the block, of those that share k
   int begin, end, steps;  // of the block, and all
   int first, count;       // of the warp
 
   AWQ_DEVICE DecodeShare(const core::LinearArgs& a, const DecodeCut& cut) {
-    const int warp = ptx::thread() / 32, block = static_cast<int>(ptx::block_x());
+    const int warp = ptx::thread() / 32;
+    const auto block = static_cast<std::uint32_t>(ptx::block_x());
     strip = warp & ((1 << cut.strips_log) - 1), parts = decode_parts(cut.strips_log), part = warp >> cut.strips_log;
-    row = ((std::int64_t{block >> cut.splits_log} << cut.strips_log) + strip) * core::kFragmentRows;
-    rank = block & ((1 << cut.splits_log) - 1);
-    steps = static_cast<int>((a.k + kDecodeStep - 1) / kDecodeStep);
+    row = ((block >> cut.splits_log << cut.strips_log) + static_cast<std::uint32_t>(strip)) * core::kFragmentRows;
+    rank = static_cast<int>(block & ((1u << cut.splits_log) - 1));
+    steps = static_cast<int>((static_cast<std::uint32_t>(a.k) + kDecodeStep - 1) / kDecodeStep);
     begin = steps * rank >> cut.splits_log, end = steps * (rank + 1) >> cut.splits_log;
     first = begin + part;
     count = row < a.n && first < end ? (end - first + parts - 1) >> (3 - cut.strips_log) : 0;

@@ -25,19 +25,20 @@ AWQ_DEVICE void store_four(const core::LinearArgs& a, std::int64_t row, std::int
   ptx::store(static_cast<std::uint64_t*>(a.y) + (row * a.n + column) / 4, low | high << 32);
 }
 
-inline constexpr int kReduceThreads = 128;
+inline constexpr int kReduceThreads = 128, kReduceColumns = 4 * kReduceThreads;  // of a block
 
-/// A thread for each four neighbours of y. The kernel that wrote `partials` has ended.
+/// A thread for each four neighbours of y; blocks: along x columns, along y rows, which spares a division of 64 bits.
+/// The kernel that wrote `partials` has ended.
 template <core::DType kType>
 AWQ_DEVICE void reduce_body(const core::LinearArgs& a, const float* partials, int splits) {
-  const std::int64_t first = (ptx::block_x() * kReduceThreads + ptx::thread()) * 4;
-  if (first >= a.m * a.n) return;
+  const std::int64_t row = ptx::block_y(), column = ptx::block_x() * kReduceColumns + ptx::thread() * 4;
+  if (column >= a.n) return;
   float sum[4] = {};
   for (int s = 0; s < splits; ++s) {
-    const auto part = ptx::load(reinterpret_cast<const Vector*>(partials + s * a.m * a.n + first));
+    const auto part = ptx::load(reinterpret_cast<const Vector*>(partials + ((s * a.m + row) * a.n + column)));
     for (int i = 0; i < 4; ++i) sum[i] += std::bit_cast<float>(part.word[i]);
   }
-  store_four<kType>(a, first / a.n, first % a.n, sum);
+  store_four<kType>(a, row, column, sum);
 }
 
 }  // namespace awq::cuda

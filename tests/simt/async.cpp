@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "cuda/ptx.cuh"
+#include "global.h"
 #include "machine.h"
 
 namespace simt {

@@ -4,6 +4,8 @@
 #include <map>
 #include <string_view>
 
+#include "global.h"
+
 namespace simt {
 namespace {
 

@@ -1,4 +1,4 @@
-// Shared memory of a block, with what is known of each of its bytes; global memory that was registered.
+// Shared memory of a block, with what is known of each of its bytes.
 #pragma once
 #include <array>
 #include <cstdint>
@@ -100,12 +100,6 @@ inline std::uint32_t swizzle128(std::uint32_t a) { return a ^ (a >> 7 & 7u) << 4
 /// Ordinary loads and stores of the current thread.
 void read_shared(std::uint32_t a, void* to, std::uint32_t bytes, Where where);
 void write_shared(std::uint32_t a, const void* from, std::uint32_t bytes, Where where);
-
-enum class Cached { no, yes };  // yes: by a path that does not see this launch's writes
-void check_global_read(const void* p, std::size_t bytes, std::size_t alignment, Cached cached, Where where);
-void check_global_write(const void* p, std::size_t bytes, std::size_t alignment, Where where);
-/// Before a launch.
-void start_globals();
 
 std::string hex(std::uint64_t value);
 

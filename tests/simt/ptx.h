@@ -5,6 +5,7 @@
 #include <source_location>
 
 #include "simt/async.h"
+#include "simt/global.h"
 #include "simt/machine.h"
 #include "simt/matrix.h"
 

@@ -54,8 +54,9 @@ void play(const core::LinearArgs& args, const CudaPlan& plan, const simt::Option
                .early = true},
               options, [&] { cuda::decode_body<kType, kTiles, kUnit>(args, cut, workspace); });
     if (workspace != nullptr)
-      simt::run({.grid_x = core::ceil_div(args.m * args.n, 4 * cuda::kReduceThreads), .threads = cuda::kReduceThreads},
-                options, [&] { cuda::reduce_body<kType>(args, workspace, plan.splits); });
+      simt::run(
+          {.grid_x = core::ceil_div(args.n, cuda::kReduceColumns), .grid_y = args.m, .threads = cuda::kReduceThreads},
+          options, [&] { cuda::reduce_body<kType>(args, workspace, plan.splits); });
   });
 }
 

@@ -39,8 +39,8 @@ void play(const core::LinearArgs& args, const CudaPlan& plan, const simt::Option
                             .grid_y = plan.grid_y,
                             .threads = plan.threads,
                             .shared_bytes = static_cast<std::uint32_t>(plan.shared_bytes)};
-  const simt::Launch adding{.grid_x = core::ceil_div(args.m * args.n, 4 * cuda::kReduceThreads),
-                            .threads = cuda::kReduceThreads};
+  const simt::Launch adding{
+      .grid_x = core::ceil_div(args.n, cuda::kReduceColumns), .grid_y = args.m, .threads = cuda::kReduceThreads};
   const auto with_type = [&]<DType kType>() {
     const auto go = [&]<int kTokens, bool kSmallGroups>() {
       simt::run(launch, options, [&] { cuda::gemm_sm80_body<kType, kTokens, kSmallGroups>(args, partials); });

@@ -173,6 +173,41 @@ TEST_CASE("simt: named barriers order those who meet there") {
   REQUIRE(caught);
 }
 
+TEST_CASE("simt: named barriers count what they are told to, by whole warps") {
+  REQUIRE(contains(error_of(kBlock, [] { ptx::sync_some(1, ptx::thread() < 32 ? 64 : 96); }), "counts"));
+  REQUIRE(contains(error_of(kBlock, [] { ptx::sync_some(1, 160); }), "must be warps"));
+  REQUIRE(contains(error_of(kBlock, [] { ptx::sync_some(16, 64); }), "there are 0 .. 15"));
+  REQUIRE(contains(error_of(kBlock, [] { ptx::sync_some(1, ptx::thread() % 32 < 16 ? 64 : 96); }), "divergent"));
+}
+
+TEST_CASE("simt: a source that changes, memory that is not constant") {
+  simt::Buffer<std::uint32_t> x(4, "x"), y(4, "y");
+  REQUIRE(contains(error_of(kOneWarp,
+                            [&] {
+                              if (ptx::thread() != 0) return;
+                              ptx::copy_async(ptx::dynamic_shared(), x.data(), 16);
+                              ptx::copy_async_commit();
+                              ptx::store(x.data() + 2, x[2] + 1);
+                              ptx::copy_async_wait<0>();
+                            }),
+                   "was changed while the copy was under way"));
+  REQUIRE(contains(error_of(kOneWarp,
+                            [&] {
+                              if (ptx::thread() != 0) return;
+                              ptx::store(y.data(), 1u);
+                              ptx::load_constant(y.data());
+                            }),
+                   "no kernel in flight writes"));
+  REQUIRE(contains(error_of(kOneWarp, [&] { ptx::copy_async(ptx::dynamic_shared() + 8, x.data(), 16); }), "aligned"));
+  REQUIRE(contains(error_of(kOneWarp, [&] { ptx::copy_async(ptx::dynamic_shared(), x.data() + 1, 0); }), "aligned"));
+  REQUIRE(contains(error_of(kOneWarp,
+                            [&] {
+                              if (ptx::thread() == 0) ptx::copy_async(ptx::dynamic_shared(), x.data(), 16);
+                            }),
+                   "ends before it has waited"));
+  REQUIRE_THROWS_AS(simt::Global(x.data() + 1, 4, true), simt::Error);
+}
+
 TEST_CASE("simt: asynchronous copies") {
   simt::Buffer<std::uint32_t> x(4 * 32 + 3, "x");
   for (std::uint32_t i = 0; i < x.size(); ++i) x[i] = i + 1;

@@ -310,6 +310,7 @@ enum class ProductFault {
   no_fence_after_write,  // of a, the second time
   early_write,           // of a, before the wait
   early_read,            // of d
+  early_change,          // of d
   no_commit,
   no_wait,
   divergent_b,
@@ -350,6 +351,7 @@ void product(const std::uint32_t* a, const std::uint32_t* b, float* y, ProductFa
     ptx::wgmma_wait<1>();
     load_a(step + 1);
   }
+  if (fault == ProductFault::early_change && thread == 77) d[kColumns / 2 - 1] = 0.0f;
   if (fault == ProductFault::overwrite_b && thread == 127) ptx::store_shared(start + kColumns * 128 + 96, 1u);
   if (fault != ProductFault::no_wait) ptx::wgmma_wait<0>();
   if (fault == ProductFault::no_wait) return;
@@ -384,6 +386,8 @@ void check_product() {
   REQUIRE(contains(error(ProductFault::no_fence_after_write), "a was written after the last wgmma_fence"));
   REQUIRE(contains(error(ProductFault::early_write), "a was written before the wgmma that reads it"));
   REQUIRE(contains(error(ProductFault::early_read), "wgmma_settle"));
+  REQUIRE(contains(error(ProductFault::early_change), "thread 77"));
+  REQUIRE(contains(error(ProductFault::early_change), "d was written before the wgmma had been waited for"));
   REQUIRE(contains(error(ProductFault::no_commit), "wgmma"));
   REQUIRE(contains(error(ProductFault::no_wait), "ends before it has waited for this wgmma"));
   REQUIRE(contains(error(ProductFault::divergent_b), "divergent"));
@@ -397,6 +401,71 @@ TEST_CASE("simt: wgmma with a in registers, and what can be wrong around it") {
   check_product<DType::f16, 16>();
   check_product<DType::bf16, 64>();
   check_product<DType::f16, 8>();
+}
+
+namespace {
+
+enum class ChainFault { none, no_wait, no_fence_after_change, misaligned, divergent_place };
+
+/// y [64 x 16] = 2 (1 + a b) + a b, where a is all ones and b [64 x 16] comes by copy_tensor.
+void chain(const TensorMap* map, float* y, ChainFault fault) {
+  const ptx::Shared barrier = ptx::dynamic_shared(), b = barrier + 1024;
+  const int thread = ptx::thread(), r = thread / 32 * 16 + thread % 32 / 4, t = thread % 4;
+  if (thread == 0) {
+    ptx::barrier_init(barrier, 1);
+    ptx::fence_barriers();
+    ptx::barrier_expect(barrier, 2048);
+    ptx::copy_tensor(b, map, 0, 0, barrier);
+  }
+  ptx::sync_threads();
+  if (fault != ChainFault::no_wait || thread != 100) ptx::barrier_wait(barrier, 0);
+  const std::uint32_t a[4] = {0x3c003c00, 0x3c003c00, 0x3c003c00, 0x3c003c00};
+  float d[8];
+  for (float& value : d) value = 1.0f;
+  ptx::wgmma_fence();
+  const auto add = [&] {
+    for (ptx::Shared k = 0; k < 128; k += 32)
+      ptx::wgmma<DType::f16, 16>(d, a, ptx::wgmma_descriptor(b + k + (fault == ChainFault::misaligned ? 512 : 0)),
+                                 true);
+    ptx::wgmma_commit();
+    ptx::wgmma_wait<0>();
+    ptx::wgmma_settle(d);
+  };
+  add();
+  for (float& value : d) value *= 2.0f;
+  if (fault != ChainFault::no_fence_after_change) ptx::wgmma_fence();
+  if (fault == ChainFault::divergent_place && thread / 32 == 2) ptx::wgmma_fence();
+  if (fault == ChainFault::divergent_place && thread / 32 == 1)
+    ptx::wgmma<DType::f16, 16>(d, a, ptx::wgmma_descriptor(b), true);
+  add();
+  for (int i = 0; i < 8; ++i) ptx::store(y + (r + i % 4 / 2 * 8) * 16 + i / 4 * 8 + 2 * t + i % 2, d[i]);
+}
+
+}  // namespace
+
+TEST_CASE("simt: wgmma goes on from the d that it finds, and reads what copies bring") {
+  simt::Buffer<std::uint16_t> b(16 * 64, "b");
+  simt::Buffer<float> y(64 * 16, "y");
+  float sums[16] = {};
+  for (int col = 0; col < 16; ++col)
+    for (int k = 0; k < 64; ++k) {
+      const auto value = static_cast<float>((7 * col + 3 * k) % 11 - 5);
+      b[u(col * 64 + k)] = awq::core::float_to_half(value);
+      sums[col] += value;
+    }
+  TensorMap map;
+  simt::encode(map, b.data(), 2, 16, 64, 128, 16, 64, true);
+  constexpr simt::Launch kLaunch{.threads = 128, .shared_bytes = 1024 + 2048};
+  const auto play = [&](ChainFault fault) { return [&, fault] { chain(&map, y.data(), fault); }; };
+  y.global().uninitialised();
+  run_seeds(kLaunch, play(ChainFault::none));
+  for (std::size_t i = 0; i < y.size(); ++i) REQUIRE(y[i] == 2.0f * (1.0f + sums[i % 16]) + sums[i % 16]);
+  const auto text = error_of(kLaunch, play(ChainFault::no_wait));
+  REQUIRE(contains(text, "thread 100"));
+  REQUIRE(contains(text, "for which this thread has not waited"));
+  REQUIRE(contains(error_of(kLaunch, play(ChainFault::no_fence_after_change)), "d was written after the last"));
+  REQUIRE(contains(error_of(kLaunch, play(ChainFault::misaligned)), "multiple of 1024 plus"));
+  REQUIRE(contains(error_of(kLaunch, play(ChainFault::divergent_place)), "divergent"));
 }
 
 TEST_CASE("simt: the end of wgmma in one warp says nothing of another") {
