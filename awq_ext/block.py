@@ -255,22 +255,22 @@ class _Work:
     # --- scales -----------------------------------------------------------------------------------------------------
 
     def _fold(self, fold: Fold) -> None:
-        """Search the scale of one fold and move it from the readers' inputs into the producer."""
+        """Search the scale of one fold, where its readers are, and move it from their inputs into the producer."""
         self.say(f"{fold.producer} -> {', '.join(name.rpartition('.')[2] for name in fold.readers[:3])}")
         names = [name for name in fold.readers if name in self.linears]  # others are scaled, but not quantized
         if names[0] not in self.reads:
             return
         readers, shared = [self.linears[name] for name in names], self.reads[names[0]]
-        weight = torch.cat([reader.weight for reader in readers]).cpu()
-        row_weight = torch.cat([self.sensitivity[name] for name in names])
+        weight = torch.cat([reader.weight for reader in readers])
+        row_weight = torch.cat([self.sensitivity[name] for name in names]).to(weight.device)
         scale, best, rtn, loss = search_scale(
             weight,
-            shared.x_mean,
-            shared.gram,
+            shared.x_mean.to(weight.device),
+            shared.gram.to(weight.device),
             row_weight,
             grid=GRID,
             duo_scaling=self.settings.duo_scaling,
-            tie=fold.tie,
+            tie=None if fold.tie is None else fold.tie.to(weight.device),
             **self.rounding,
         )
         report = FoldReport(
@@ -278,8 +278,9 @@ class _Work:
         )
         if len(shared.grams) > 1:  # tokens that had no part in the choice have to agree
             identity = torch.ones_like(scale)
+            gram = shared.grams[1].to(weight.device)
             both = ops.scale_losses(
-                weight, torch.stack([identity, scale]), shared.grams[1], row_weight=row_weight, **self.rounding
+                weight, torch.stack([identity, scale]), gram, row_weight=row_weight, **self.rounding
             )
             report.held_out_rtn, report.held_out = both.tolist()
             if both[1] > both[0]:
@@ -289,7 +290,7 @@ class _Work:
         for name in names:
             self.entries[name].producer, self.entries[name].scale = report.producer, report.candidate
         dtype = self.dtypes.get(f"{fold.producer}.weight", torch.float16)  # activations have no weight
-        scale = apply_fold(self.block, fold, scale.to(readers[0].weight.device), dtype)
+        scale = apply_fold(self.block, fold, scale, dtype)
         shared.divide(scale.cpu())
 
     # --- codes ------------------------------------------------------------------------------------------------------
@@ -338,11 +339,12 @@ class _Work:
         """
         if gram is None and name in self.reads:
             gram = _with_ridge(self.reads[name].gram, self.reads[name].tokens)
+        device = self.linears[name].weight.device
         weight = self.linears[name].weight.detach().cpu()
         wanted = weight if correction is None else torch.addmm(weight, weight, correction.T)
         range = None
         if gram is not None and self.settings.apply_clip:
-            range = ops.search_clip(wanted, gram, **self.rounding)
+            range = ops.search_clip(wanted.to(device), gram.to(device), **self.rounding).cpu()
         codes = nearest = self._round(name, range)
         if gram is not None and self.settings.method in COMPENSATING:
             codes = ops.quantize_compensated(wanted, gram, range=range, **self.rounding)

@@ -16,7 +16,7 @@ from torch.utils._pytree import keystr, tree_flatten_with_path
 from awq_ext import ops
 from awq_ext.errors import CalibrationError, UnsupportedModelError
 from awq_ext.linear import AwqLinear
-from awq_ext.precision import bfloat16_is_faster, fast_dtype, fast_forward, fast_products, product
+from awq_ext.precision import fast_dtype, fast_forward, fast_products, product
 from awq_ext.ranks import ALONE, Ranks, SlotSum, generator
 
 
@@ -50,10 +50,7 @@ class Statistics:
             self._sums.begin(sums)
         sums[0] += len(rows)
         sums[1] += torch.linalg.vector_norm(rows, 1, 0)
-        if rows.device.type == "cpu":
-            ops.add_gram(sums[2], rows, bfloat16=bfloat16_is_faster())
-        else:
-            sums[2].addmm_(rows.T, rows)
+        ops.add_gram(sums[2], rows, bfloat16=fast_dtype(rows) == torch.bfloat16)
         if original is not None:
             fast = fast_dtype(rows)
             sums[3] += given.to(fast).T @ (original.reshape(rows.shape) - rows).to(fast)

@@ -83,11 +83,12 @@ bool linear_fragments(const Tensor& x, const Tensor& qweight, const Tensor& scal
   args.bias = offset ? offset->const_data_ptr() : nullptr;
   args.bias_type = offset ? float_type("linear", "bias", *offset) : core::DType::f32;
   args.y = y.mutable_data_ptr();
-  Tensor workspace = new_empty(x, {plan.workspace_bytes}, ScalarType::Byte);
+  OptionalTensor workspace;
+  if (plan.workspace_bytes > 0) workspace = new_empty(x, {plan.workspace_bytes}, ScalarType::Byte);
   const auto run = plan.kernel == cuda::CudaKernel::decode      ? cuda::decode
                    : plan.kernel == cuda::CudaKernel::gemm_sm80 ? cuda::gemm_sm80
                                                                 : cuda::gemm_sm90;
-  STD_CUDA_CHECK(run(args, plan, workspace.mutable_data_ptr(), stream));
+  STD_CUDA_CHECK(run(args, plan, workspace ? workspace->mutable_data_ptr() : nullptr, stream));
   return true;
 }
 
