@@ -103,8 +103,9 @@ struct WarpGroup {
   std::array<Warp*, 4> warps{};
   std::vector<Warp*> arrived;  // at the common instruction `site`
   Site site;
-  int registers = 0;  // of a thread
-  std::vector<std::unique_ptr<Product>> products;
+  int registers = 0;                               // of a thread
+  std::vector<std::unique_ptr<Product>> products;  // under way
+  std::vector<std::shared_ptr<Sum>> sums;          // not settled
 };
 
 /// A hardware barrier: 0 is sync_threads.

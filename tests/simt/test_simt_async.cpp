@@ -311,6 +311,7 @@ enum class ProductFault {
   early_write,           // of a, before the wait
   early_read,            // of d
   early_change,          // of d
+  no_settle,
   no_commit,
   no_wait,
   divergent_b,
@@ -355,7 +356,8 @@ void product(const std::uint32_t* a, const std::uint32_t* b, float* y, ProductFa
   if (fault == ProductFault::overwrite_b && thread == 127) ptx::store_shared(start + kColumns * 128 + 96, 1u);
   if (fault != ProductFault::no_wait) ptx::wgmma_wait<0>();
   if (fault == ProductFault::no_wait) return;
-  ptx::wgmma_settle(d);
+  if (fault != ProductFault::no_settle) ptx::wgmma_settle(d);
+  if (fault == ProductFault::no_settle) expect(!(d[1] == d[1]));
   for (int i = 0; i < kColumns / 2; ++i)
     ptx::store(y + (16 * warp + r + i % 4 / 2 * 8) * kColumns + i / 4 * 8 + 2 * t + i % 2, d[i]);
 }
@@ -386,8 +388,9 @@ void check_product() {
   REQUIRE(contains(error(ProductFault::no_fence_after_write), "a was written after the last wgmma_fence"));
   REQUIRE(contains(error(ProductFault::early_write), "a was written before the wgmma that reads it"));
   REQUIRE(contains(error(ProductFault::early_read), "wgmma_settle"));
+  run_seeds(kLaunch, play(ProductFault::no_settle));  // what it stores is not a number
   REQUIRE(contains(error(ProductFault::early_change), "thread 77"));
-  REQUIRE(contains(error(ProductFault::early_change), "d was written before the wgmma had been waited for"));
+  REQUIRE(contains(error(ProductFault::early_change), "d was written before it was waited for"));
   REQUIRE(contains(error(ProductFault::no_commit), "wgmma"));
   REQUIRE(contains(error(ProductFault::no_wait), "ends before it has waited for this wgmma"));
   REQUIRE(contains(error(ProductFault::divergent_b), "divergent"));

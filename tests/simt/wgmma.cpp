@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <bit>
 #include <cstring>
+#include <tuple>
+#include <utility>
 
 #include "machine.h"
 #include "matrix.h"
@@ -121,20 +123,24 @@ void check_b(const WarpGroup& g, const std::vector<std::uint32_t>& pieces, Where
   }
 }
 
-/// The sum that d belongs to: one under way, or a new one.
-std::shared_ptr<Sum> sum_of(WarpGroup& g, Where where) {
+/// Throws if a thread has written its d.
+void check_poison(Thread& t, const float* d, int columns, Where where) {
+  for (int i = 0; i < columns / 2; ++i)
+    if (std::bit_cast<std::uint32_t>(d[i]) != kPoisonWord)
+      fail_for(t, where, "wgmma: d was written before it was waited for and settled");
+}
+
+/// The sum that d belongs to, and whether it begins here.
+std::pair<std::shared_ptr<Sum>, bool> sum_of(WarpGroup& g, Where where) {
   const Part& first = part_of(g, 0);
-  for (auto product = g.products.rbegin(); product != g.products.rend(); ++product) {
-    const auto& sum = (*product)->sum;
+  for (const auto& sum : g.sums) {
     if (sum->d[0] != first.d) continue;
-    bool same = sum->columns == first.columns && !(*product)->done[0] && !(*product)->done[1] && !(*product)->done[2] &&
-                !(*product)->done[3];
+    bool same = sum->columns == first.columns && sum->settled.none();
     for (int i = 0; i < 128; ++i) same = same && sum->d[static_cast<std::size_t>(i)] == part_of(g, i).d;
-    if (!same) {
-      if (std::all_of((*product)->done.begin(), (*product)->done.end(), [](bool done) { return done; })) break;
-      fail(where, "wgmma: d is that of a wgmma under way, but not for all threads of the warp group alike");
-    }
-    return sum;
+    if (!same) fail(where, "wgmma: d is that of an earlier wgmma, but not in all threads of the warp group alike");
+    for (int i = 0; i < 128; ++i)
+      if (first.accumulate) check_poison(thread_of(g, i), part_of(g, i).d, first.columns, where);
+    return {sum, false};
   }
   auto sum = std::make_shared<Sum>();
   sum->columns = first.columns;
@@ -143,11 +149,11 @@ std::shared_ptr<Sum> sum_of(WarpGroup& g, Where where) {
     const Part& part = part_of(g, i);
     Thread& t = thread_of(g, i);
     sum->d[static_cast<std::size_t>(i)] = part.d;
-    const auto bytes = static_cast<std::size_t>(part.columns / 2) * sizeof(float);
-    if (part.accumulate && t.image.differs(part.d, bytes))
+    if (part.accumulate && t.image.differs(part.d, static_cast<std::size_t>(part.columns / 2) * sizeof(float)))
       fail_for(t, where, "wgmma: d was written after the last wgmma_fence");
   }
-  return sum;
+  g.sums.push_back(sum);
+  return {sum, true};
 }
 
 /// visit(i, row, column) for each element d[i] of a thread of a warp group.
@@ -174,10 +180,10 @@ bool start_product(WarpGroup& g) {
   product->where = where;
   product->b = pieces_of(first.b, first.columns, where);
   check_b(g, product->b, where);
-  const bool fresh = std::none_of(g.products.begin(), g.products.end(),
-                                  [&](const auto& other) { return other->sum->d[0] == first.d && !other->done[0]; });
-  product->sum = sum_of(g, where);
+  bool fresh;
+  std::tie(product->sum, fresh) = sum_of(g, where);
   Sum& sum = *product->sum;
+  sum.ended = {};
   const int columns = first.columns;
   for (std::size_t w = 0; w < 4; ++w) product->group[w] = g.warps[w]->products;
 
@@ -228,19 +234,6 @@ void end_part(WarpGroup& g, Product& product, std::size_t w, Epoch epoch) {
   product.done[w] = true;
 }
 
-/// No product of this sum is under way in the warp: the threads get their d.
-void give_sum(WarpGroup& g, const Sum& sum, std::size_t w, Where where) {
-  for (std::size_t i = w * kLanes; i < (w + 1) * kLanes; ++i) {
-    Thread& t = thread_of(g, static_cast<int>(i));
-    each_element(static_cast<int>(i), sum.columns, [&](int j, int r, int c) {
-      if (std::bit_cast<std::uint32_t>(sum.d[i][j]) != kPoisonWord)
-        fail_for(t, where, "wgmma: d was written before the wgmma had been waited for");
-      sum.d[i][j] = sum.value[static_cast<std::size_t>(r * sum.columns + c)];
-    });
-    t.image.update(sum.d[i], static_cast<std::size_t>(sum.columns / 2) * sizeof(float));
-  }
-}
-
 WarpGroup& group_of(Warp& w) {
   if (static_cast<std::size_t>(w.index) / 4 >= w.block->groups.size())
     fail(w.site.where, w.site.text() + ": this warp is not one of a whole warp group of four");
@@ -262,7 +255,7 @@ bool wait_warp(Warp& warp) {
     any = true;
     const bool more = std::any_of(g.products.begin(), g.products.end(),
                                   [&](const auto& other) { return other->sum == product.sum && under_way(*other); });
-    if (!more) give_sum(g, *product.sum, w, product.where);
+    product.sum->ended[w] = !more;
   }
   std::erase_if(g.products, [](const auto& p) { return p->done[0] && p->done[1] && p->done[2] && p->done[3]; });
   current = self;
@@ -298,13 +291,22 @@ void wgmma_commit(Where where) {
 
 void wgmma_wait(int pending, Where where) { together({"wgmma_wait", where, pending}, nullptr, wait_warp); }
 
-void wgmma_settle(const float* d, Where where) {
-  const Thread& self = *current;
-  const auto w = static_cast<std::size_t>(self.warp->index);
+void wgmma_settle(float* d, Where where) {
+  Thread& self = *current;
+  const auto w = static_cast<std::size_t>(self.warp->index), i = static_cast<std::size_t>(self.index) % 128;
   if (w / 4 >= self.block->groups.size()) return;
-  for (const auto& product : self.block->groups[w / 4].products)
-    if (!product->done[w % 4] && product->sum->d[static_cast<std::size_t>(self.index) % 128] == d)
-      fail(where, "wgmma_settle of what a wgmma that was not waited for still computes: " + place(product->where));
+  auto& sums = self.block->groups[w / 4].sums;
+  const auto found =
+      std::find_if(sums.begin(), sums.end(), [&](const auto& sum) { return sum->d[i] == d && !sum->settled.test(i); });
+  if (found == sums.end()) return;
+  Sum& sum = **found;
+  if (!sum.ended[w % 4]) fail(where, "wgmma_settle of what a wgmma that was not waited for still computes");
+  check_poison(self, d, sum.columns, where);
+  each_element(static_cast<int>(i), sum.columns,
+               [&](int j, int r, int c) { d[j] = sum.value[static_cast<std::size_t>(r * sum.columns + c)]; });
+  self.image.update(d, static_cast<std::size_t>(sum.columns / 2) * sizeof(float));
+  sum.settled.set(i);
+  if (sum.settled.all()) sums.erase(found);
 }
 
 void end_products(const Thread& t) {

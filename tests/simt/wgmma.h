@@ -1,6 +1,7 @@
 // The matrix unit of a warp group, which works while the threads go on, and the registers of a warp group.
 #pragma once
 #include <array>
+#include <bitset>
 #include <cstdint>
 #include <memory>
 #include <vector>
@@ -26,11 +27,15 @@ struct Image {
   void update(const void* p, std::size_t size);
 };
 
-/// d, of all threads of a warp group, while wgmma is under way: the threads' own arrays hold poison.
+/// d, of all threads of a warp group, from the first wgmma on until wgmma_settle. Meanwhile the threads' own arrays
+/// hold poison: a compiler for a GPU could use them before the wait, too, if nothing but the wait came before their
+/// use.
 struct Sum {
   std::array<float*, 128> d{};
   int columns = 0;
-  std::vector<float> value;  // [64][columns]
+  std::vector<float> value;     // [64][columns]
+  std::array<bool, 4> ended{};  // of each warp: all its wgmma
+  std::bitset<128> settled;     // of each thread
 };
 
 /// A wgmma under way.
@@ -50,8 +55,8 @@ void wgmma(awq::core::DType type, int columns, float* d, const std::uint32_t* a,
 void wgmma_fence(Where where);
 void wgmma_commit(Where where);
 void wgmma_wait(int pending, Where where);
-/// Throws if d belongs to a wgmma that was not waited for.
-void wgmma_settle(const float* d, Where where);
+/// The thread's d gets its values.
+void wgmma_settle(float* d, Where where);
 /// Throws if the thread has not waited for all of its wgmma.
 void end_products(const Thread& t);
 
