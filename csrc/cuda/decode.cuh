@@ -23,16 +23,9 @@
 #include "dequant.cuh"
 #include "ptx.cuh"
 #include "reduce.cuh"
+#include "unrolled.cuh"
 
 namespace awq::cuda {
-
-/// f(0), ..., f(kCount - 1) with constants, so that arrays indexed by them stay in registers.
-template <int kCount, class F>
-AWQ_DEVICE void unrolled(F f) {
-  [&]<int... kI>(std::integer_sequence<int, kI...>) {
-    (f(std::integral_constant<int, kI>{}), ...);
-  }(std::make_integer_sequence<int, kCount>{});
-}
 
 /// What part of W a warp multiplies: `count` steps, the i-th of them step first + i * parts of k, of one strip. All
 /// that counts along k, and blocks, fit 32 bits (decode.h).
