@@ -50,7 +50,7 @@ EXPECTED = {
     ],
     "gemm_sm90": [
         Expected(r"gemm_sm90_kernel.*Li(16|32)E", HOPPER, {"HGMMA": 4}, threads=384, blocks=2),
-        Expected(r"gemm_sm90_kernel.*Li(64|128|256)E", HOPPER, {"HGMMA": 4}, threads=384, blocks=1),
+        Expected(r"gemm_sm90_kernel.*Li(64|96|128|192|256)E", HOPPER, {"HGMMA": 4}, threads=384, blocks=1),
     ],
 }
 # One architecture is enough where the source says the same to all. Kernels in other files have no main loop of
@@ -67,6 +67,8 @@ def complaints(kernel: Kernel, expected: Expected | None) -> list[str]:
     slow = [i.text for i in kernel.main if CONVERSION.match(i.text)]
     if slow:
         found.append(f"conversions in the main loop: {slow[:4]}")
+    if kernel.overwritten:
+        found.append(f"operands of wgmma overwritten: {kernel.overwritten[:4]}")
     calls = [i.text for i in kernel.main if re.match(r"CALL\b", i.text)]
     if calls and kernel.count(r"RET\b"):  # without a return it is how ptxas leaves some loops
         found.append(f"calls in the main loop: {calls[:4]}")
@@ -181,3 +183,28 @@ def test_a_planted_kernel_is_caught(arch: str, compiled: Callable[[Path, str], C
     assert len(missing) == 2 and "128" in missing[0] and "HMMA in the main loop" in missing[1]
     crowded = Expected("", threads=1024, blocks=2 + REGISTERS // (good["convert"].registers * 1024))
     assert "too many" in "".join(complaints(good["convert"], crowded))
+
+
+@pytest.mark.parametrize(
+    ("text", "bad"),
+    [
+        ("IMAD.U32 R88, RZ, RZ, UR4", True),
+        ("LDS.128 R84, [R2]", False),
+        ("LDS.128 R85, [R2]", True),
+        ("LDC.64 R87, c[0x0][0x210]", True),
+        ("LDC.64 R86, c[0x0][0x210]", False),
+        ("LOP3.LUT P0, R91, R4, 0xf, RZ, 0xc0, !PT", True),
+        ("HADD2 R92, R88, -R90", False),
+        ("ISETP.NE.AND P0, PT, R89, RZ, PT", False),
+        ("STS.128 [R2], R88", False),
+    ],
+)
+def test_an_operand_in_flight_keeps_its_registers(text: str, bad: bool) -> None:
+    product, wait = "HGMMA.64x128x16.F32 R24, R88, gdesc[UR16], R24, gsb0", "WARPGROUP.DEPBAR.LE gsb0, 0x0"
+
+    def kernel(*texts: str) -> Kernel:
+        return Kernel("k", 168, 0, 0, 0, tuple(sass.Instruction(16 * i, t) for i, t in enumerate(texts)))
+
+    assert bool(kernel(product, text, wait).overwritten) == bad
+    assert not kernel(text, product, wait, text).overwritten
+    assert bool(complaints(kernel(product, text, wait), None)) == bad
