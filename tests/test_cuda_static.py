@@ -85,6 +85,8 @@ def complaints(kernel: Kernel, expected: Expected | None) -> list[str]:
     slow = [i.text for loop in inner for i in loop if CONVERSION.match(i.text)]
     if slow:
         found.append(f"conversions in the main loop: {slow[:4]}")
+    if kernel.overwritten:
+        found.append(f"operands of wgmma overwritten: {kernel.overwritten[:4]}")
     calls = [i.text for loop in inner for i in loop if leaves(i, loop, kernel)]
     if calls:
         found.append(f"calls in the main loop: {calls[:4]}")
@@ -228,3 +230,28 @@ def test_a_planted_kernel_is_caught(arch: str, compiled: Callable[[Path, str], C
     assert len(missing) == 2 and "128" in missing[0] and "HMMA in the main loop" in missing[1]
     crowded = Expected("", threads=1024, blocks=2 + REGISTERS // (good["convert"].registers * 1024))
     assert "too many" in "".join(complaints(good["convert"], crowded))
+
+
+@pytest.mark.parametrize(
+    ("text", "bad"),
+    [
+        ("IMAD.U32 R88, RZ, RZ, UR4", True),
+        ("LDS.128 R84, [R2]", False),
+        ("LDS.128 R85, [R2]", True),
+        ("LDC.64 R87, c[0x0][0x210]", True),
+        ("LDC.64 R86, c[0x0][0x210]", False),
+        ("LOP3.LUT P0, R91, R4, 0xf, RZ, 0xc0, !PT", True),
+        ("HADD2 R92, R88, -R90", False),
+        ("ISETP.NE.AND P0, PT, R89, RZ, PT", False),
+        ("STS.128 [R2], R88", False),
+    ],
+)
+def test_an_operand_in_flight_keeps_its_registers(text: str, bad: bool) -> None:
+    product, wait = "HGMMA.64x128x16.F32 R24, R88, gdesc[UR16], R24, gsb0", "WARPGROUP.DEPBAR.LE gsb0, 0x0"
+
+    def kernel(*texts: str) -> Kernel:
+        return Kernel("k", 168, 0, 0, 0, tuple(sass.Instruction(16 * i, t) for i, t in enumerate(texts)))
+
+    assert bool(kernel(product, text, wait).overwritten) == bad
+    assert not kernel(text, product, wait, text).overwritten
+    assert bool(complaints(kernel(product, text, wait), None)) == bad
