@@ -86,6 +86,22 @@ class Kernel:
         first, last = min(i.address for i in span), max(i.address for i in span)
         return tuple(i for i in self.code if first <= i.address <= last)
 
+    @cached_property
+    def overwritten(self) -> list[str]:
+        """What writes to the registers of a wgmma's first operand between it and its wait. The hardware may not have
+        read them by then, and ptxas before CUDA 13.3 gives them to others all the same."""
+        found = []
+        for n, product in enumerate(self.code):
+            operand = re.match(r"HGMMA\S* R\d+, R(\d+), gdesc", product.text)
+            for later in self.code[n + 1 :] if operand else ():
+                if later.name.startswith("WARPGROUP.DEPBAR"):
+                    break
+                target = re.match(r"(?!HGMMA|\w*SETP)\S+ (?:!?U?P[T\d], )*R(\d+)\b", later.text)
+                size = 4 if ".128" in later.name else 2 if re.search(r"\.64|\.WIDE|CS2R", later.name) else 1
+                if operand and target and -size < int(target[1]) - int(operand[1]) < 4:
+                    found.append(f"{later.text} after {product.text}")
+        return found
+
 
 @dataclass(frozen=True)
 class Cubin:

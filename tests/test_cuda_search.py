@@ -6,6 +6,7 @@ watches every access to memory.
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -14,9 +15,10 @@ from typing import Any
 import pytest
 import test_cpp
 import torch
+from test_quantizer import small_model
 from torch import Tensor
 
-from awq_ext import _library, ops
+from awq_ext import _library, ops, quantize
 
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
 NAMES = ("search_scale", "scale_candidates", "scale_losses", "search_clip", "quantize_compensated", "add_gram")
@@ -184,6 +186,25 @@ def test_shapes_are_refused_by_name(run: Run) -> None:
         run("scale_losses", w, torch.ones(1, 32), gram, group_size=16, row_weight=torch.ones(5))
     with pytest.raises(RuntimeError, match=r"awq_ext::quantize_compensated: runs on a CPU.*\.cpu\(\)"):
         run("quantize_compensated", w, gram, group_size=16)
+
+
+def test_quantize_chooses_as_on_a_cpu(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = small_model("llama")
+    calibration = torch.randint(0, 96, (4, 32), generator=torch.Generator().manual_seed(1))
+    options = {"calibration": calibration, "samples": 4, "seq_len": 32, "q_group_size": 16, "method": "awq"}
+    expected = quantize(copy.deepcopy(model), **options).state_dict()
+    calls = []
+    if run is run_on_cuda:
+        model = model.cuda()
+    else:
+        for name in ("scale_candidates", "scale_losses", "search_clip", "add_gram"):
+            monkeypatch.setattr(ops, name, lambda *a, name=name, **k: (calls.append(name), run(name, *a, **k))[1])
+    got = quantize(model, **options).state_dict()
+    assert run is run_on_cuda or set(calls) == {"scale_candidates", "scale_losses", "search_clip", "add_gram"}
+    assert got.keys() == expected.keys()
+    for name, tensor in expected.items():
+        same = got[name].cpu() == tensor if not tensor.is_floating_point() else torch.isclose(got[name].cpu(), tensor)
+        assert same.double().mean() >= 0.98, name  # a range may be another one that loses as little
 
 
 @pytest.mark.gpu

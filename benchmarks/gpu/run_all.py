@@ -44,7 +44,7 @@ class Step:
     needs: tuple[str, ...] = ()  # programs
 
     def filled(self, **words: str) -> list[list[str]]:
-        return [[word.format(**words) for word in command] for command in self.commands]
+        return [[words.get(word.strip("{}"), word) for word in command] for command in self.commands]
 
 
 def torch_step(about: str, limit: float, *words: str) -> Step:
@@ -175,6 +175,14 @@ def lines_of(command: list[str], limit: float, environment: dict[str, str], stat
     status.append(-1 if stopped.is_set() else process.returncode)
 
 
+def record_of(line: str) -> dict[str, Any] | None:
+    """None for what is no line of JSON, or half of one, of a step that was stopped."""
+    try:
+        return json.loads(line) if line.startswith("{") else None
+    except json.JSONDecodeError:
+        return None
+
+
 def why_not() -> str | None:
     """What is in the way of every step."""
     code = "import torch, sys; sys.exit(0 if torch.cuda.is_available() else 1)"
@@ -194,10 +202,11 @@ def run(step: Step, words: dict[str, str]) -> dict[str, Any]:
     for command in step.filled(**words):
         left, ended = step.limit - (time.monotonic() - start), []
         for line in lines_of(command, max(left, 1.0), environment, ended):
-            if line.startswith("{"):
-                results.append(json.loads(line))
-            else:
+            record = record_of(line)
+            if record is None:
                 log = (log + line)[-LOG:]
+            else:
+                results.append(record)
         statuses += ended
         if ended != [0] and ended != [REFUSED]:
             break

@@ -177,9 +177,11 @@ std::vector<CudaPlan> plans(CudaKernel kernel, const CudaProblem& p, const Gpu& 
   if (kernel == CudaKernel::decode) {
     if (!awq::cuda::decode_can(p, gpu)) return found;
     found.push_back(awq::cuda::decode_plan(p, gpu));
-    for (int strips_log = awq::cuda::decode_least_strips_log(p.m); strips_log <= 3; ++strips_log)
+    for (int strips_log = 0; strips_log <= 3; ++strips_log)
       for (int splits = 1; splits <= 8 && splits * awq::cuda::kDecodeStep <= p.k; splits *= 2)
-        found.push_back(awq::cuda::decode_plan(p, gpu, strips_log, splits));
+        if (const CudaPlan plan = awq::cuda::decode_plan(p, gpu, strips_log, splits);
+            plan.shared_bytes <= gpu.shared_bytes)
+          found.push_back(plan);
   } else if (kernel == CudaKernel::gemm_sm80) {
     if (!awq::cuda::gemm_sm80_can(p, gpu)) return found;
     found.push_back(awq::cuda::gemm_sm80_plan(p, gpu));

@@ -1,19 +1,20 @@
-// The decode kernel: y = x W^T for at most 16 rows of x, on every GPU since sm_75. Reading W is all the work there is,
-// so its words go from global memory straight to registers, each once, and as many as possible are under way at any
-// time.
+// The decode kernel: y = x W^T for at most 16 rows of x, on every GPU since sm_75. Reading W is nearly all the work
+// there is: it is read once, and as much of it as possible is under way at any time.
 //
 // A block has `strips` strips of 16 rows of W. Its eight warps are parts x strips: warp (part, strip) takes every
-// parts-th step of 64 along k of its strip; a lane's 16 bytes of a step are the first operand of four products of
-// 16 x 16 codes by 8 or 16 rows of x ("tokens"), which come from shared memory. The codes are multiplied as q - z,
-// without error (dequant.cuh), and summed in float32; each group's sum is multiplied by its scale once, in float32.
-// Parts of k, in a block, then in a cluster or by reduce.cuh, are added in a fixed order: the same bytes every time.
+// parts-th step of 64 along k of its strip. The 16 bytes that a lane has of a step are the first operand of four
+// products of 16 x 16 codes by 8 or 16 rows of x ("tokens"), which come from two stages of shared memory. Codes are
+// multiplied as q - z, without error (dequant.cuh), and summed in float32; each group's sum is multiplied by its scale
+// once, in float32. Parts of k, in a block, then in a cluster or by reduce.cuh, are added in a fixed order: the same
+// bytes every time.
 //
-// What a lane needs of W goes in a circle: the registers of step i get the loads of step i + kDecodeAhead as soon as
-// they have been used. x goes through two stages of shared memory, one barrier for each kDecodeAhead steps of a warp.
+// Each lane has kDecodeAhead copies of its own 16 bytes under way, in a circle in shared memory. In registers they
+// would not be: a warp waits for loads by six counters, for each until all loads on it have ended (Jia et al.,
+// Dissecting the NVIDIA Volta GPU Architecture via Microbenchmarking, 2018, on control information), so that the oldest
+// load of a circle is waited for together with the youngest on its counter. Groups of asynchronous copies end in order.
 #pragma once
+#include <bit>
 #include <cmath>
-#include <type_traits>
-#include <utility>
 
 #include "../core/layout.h"
 #include "../core/linear.h"
@@ -21,16 +22,9 @@
 #include "dequant.cuh"
 #include "ptx.cuh"
 #include "reduce.cuh"
+#include "unrolled.cuh"
 
 namespace awq::cuda {
-
-/// f(0), ..., f(kCount - 1) with constants, so that arrays indexed by them stay in registers.
-template <int kCount, class F>
-AWQ_DEVICE void unrolled(F f) {
-  [&]<int... kI>(std::integer_sequence<int, kI...>) {
-    (f(std::integral_constant<int, kI>{}), ...);
-  }(std::make_integer_sequence<int, kCount>{});
-}
 
 /// What part of W a warp multiplies: `count` steps, the i-th of them step first + i * parts of k, of one strip. All
 /// that counts along k, and blocks, fit 32 bits (decode.h).
@@ -152,6 +146,60 @@ class DecodeGroups {
   Unit now_;
 };
 
+/// The end: sums of a lane (those of mma), of this warp, become sums of the block, of all that share k, and y.
+template <DType kType, int kTiles>
+AWQ_DEVICE void decode_finish(const core::LinearArgs& a, const DecodeCut& cut, const DecodeShare& share,
+                              ptx::Shared shared, const float (&sum)[kTiles][4], float* partials) {
+  const int lane = ptx::thread() % 32, m = static_cast<int>(a.m);
+  const int strips = 1 << cut.strips_log, splits = 1 << cut.splits_log;
+  // [part][strip][token][row of W], where the warp had its words.
+  const auto place = [&](int part, int token, int row) {
+    const int warp = part * strips + row / 16;
+    return shared + static_cast<ptx::Shared>(warp * kDecodeAhead * 512 + (token * kDecodeSumStride + row % 16) * 4);
+  };
+  ptx::sync_warp();  // its lanes have read their words
+  for (int tile = 0; tile < kTiles; ++tile)
+    for (int i = 0; i < 4; ++i) {
+      const int token = tile * 8 + lane % 4 * 2 + i % 2, row = share.strip * 16 + lane / 4 + i / 2 * 8;
+      if (token < m) ptx::store_shared(place(share.part, token, row), sum[tile][i]);
+    }
+  ptx::sync_threads();
+
+  // f(token, row) for four neighbouring rows of W at a time, each by one thread.
+  const auto for_fours = [&](int begin, int by, auto f) {
+#pragma unroll 1
+    for (int i = begin; i < m * strips * 4; i += by) f(i >> (cut.strips_log + 2), (i & (strips * 4 - 1)) * 4);
+  };
+  const auto add = [](float(&total)[4], const Vector& four) {
+    for (int i = 0; i < 4; ++i) total[i] += std::bit_cast<float>(four.word[i]);
+  };
+  const std::int64_t column = share.row - static_cast<std::uint32_t>(share.strip) * 16;
+  const bool cluster = splits > 1 && partials == nullptr;
+  for_fours(ptx::thread(), kDecodeThreads, [&](int token, int row) {
+    float total[4] = {};
+    for (int part = 0; part < share.parts; ++part) add(total, ptx::load_shared<Vector>(place(part, token, row)));
+    Vector four;
+    for (int i = 0; i < 4; ++i) four.word[i] = std::bit_cast<std::uint32_t>(total[i]);
+    if (cluster)
+      ptx::store_shared(place(0, token, row), four);
+    else if (column + row < a.n && partials == nullptr)
+      store_four<kType>(a, token, column + row, total);
+    else if (column + row < a.n)
+      ptx::store(reinterpret_cast<Vector*>(partials + (share.rank * a.m + token) * a.n + column + row), four);
+  });
+  if (!cluster) return;
+  ptx::cluster_arrive();
+  ptx::cluster_wait();
+  // The blocks take turns.
+  for_fours(ptx::thread() + share.rank * kDecodeThreads, splits * kDecodeThreads, [&](int token, int row) {
+    float total[4] = {};
+    for (int rank = 0; rank < splits; ++rank) add(total, ptx::load_cluster<Vector>(place(0, token, row), rank));
+    if (column + row < a.n) store_four<kType>(a, token, column + row, total);
+  });
+  ptx::cluster_arrive();
+  ptx::cluster_wait();  // nobody reads this block's sums any more
+}
+
 /// kTiles tiles of eight tokens; kUnit: what is sure to be in one group (64 also for one group of any size).
 /// Blocks that share k are neighbours along x: a cluster, or any blocks that leave their sums in partials
 /// [splits][m][n].
@@ -250,57 +298,7 @@ AWQ_DEVICE void decode_body(const core::LinearArgs& a, const DecodeCut& cut, flo
     });
     left -= kDecodeAhead;
   }
-
-  // Sums of the block: [part][strip][token][row of W], where the warp had its words.
-  const int strips = 1 << cut.strips_log, splits = 1 << cut.splits_log;
-  const auto place = [&](int part, int token, int row) {
-    const int warp = part * strips + row / 16;
-    return shared + static_cast<ptx::Shared>(warp * kDecodeAhead * 512 + (token * kDecodeSumStride + row % 16) * 4);
-  };
-  ptx::sync_warp();  // its lanes have read their words
-  for (int tile = 0; tile < kTiles; ++tile)
-    for (int i = 0; i < 4; ++i) {
-      const int token = tile * 8 + lane % 4 * 2 + i % 2, row = share.strip * 16 + lane / 4 + i / 2 * 8;
-      if (token < m) ptx::store_shared(place(share.part, token, row), sum[tile][i]);
-    }
-  ptx::sync_threads();
-
-  // Four neighbours at a time, each by one thread; in a cluster by a thread of the block whose turn it is.
-  const bool cluster = splits > 1 && partials == nullptr;
-  const auto add = [](float(&total)[4], const Vector& four) {
-    for (int i = 0; i < 4; ++i) total[i] += std::bit_cast<float>(four.word[i]);
-  };
-  const auto as_vector = [](const float(&v)[4]) {
-    Vector four;
-    for (int i = 0; i < 4; ++i) four.word[i] = std::bit_cast<std::uint32_t>(v[i]);
-    return four;
-  };
-  const auto for_fours = [&](int begin, int by, auto f) {
-#pragma unroll 1
-    for (int i = begin; i < m * strips * 4; i += by) f(i >> (cut.strips_log + 2), (i & (strips * 4 - 1)) * 4);
-  };
-  const std::int64_t column = share.row - share.strip * 16;
-  for_fours(ptx::thread(), kDecodeThreads, [&](int token, int row) {
-    float total[4] = {};
-    for (int part = 0; part < share.parts; ++part) add(total, ptx::load_shared<Vector>(place(part, token, row)));
-    if (cluster)
-      ptx::store_shared(place(0, token, row), as_vector(total));
-    else if (column + row < a.n && partials == nullptr)
-      store_four<kType>(a, token, column + row, total);
-    else if (column + row < a.n)
-      ptx::store(reinterpret_cast<Vector*>(partials + (share.rank * a.m + token) * a.n + column + row),
-                 as_vector(total));
-  });
-  if (!cluster) return;
-  ptx::cluster_arrive();
-  ptx::cluster_wait();
-  for_fours(ptx::thread() + share.rank * kDecodeThreads, splits * kDecodeThreads, [&](int token, int row) {
-    float total[4] = {};
-    for (int other = 0; other < splits; ++other) add(total, ptx::load_cluster<Vector>(place(0, token, row), other));
-    if (column + row < a.n) store_four<kType>(a, token, column + row, total);
-  });
-  ptx::cluster_arrive();
-  ptx::cluster_wait();  // nobody reads this block's sums any more
+  decode_finish<kType>(a, cut, share, shared, sum, partials);
 }
 
 }  // namespace awq::cuda

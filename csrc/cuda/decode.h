@@ -51,8 +51,8 @@ constexpr int decode_unit(std::int64_t k, std::int64_t group) {
   return group == k || group % 64 == 0 ? 64 : group % 32 == 0 ? 32 : 16;
 }
 
-/// Where blocks of a cluster read each other's shared memory. Consumer GPUs of arch 120 have no clusters worth the name
-/// (CUTLASS builds for them with clusters of one only).
+/// Where blocks of a cluster read each other's shared memory, and are known to be good at it: CUTLASS has clusters of
+/// one on sm_120.
 constexpr bool has_clusters(int arch) { return arch >= 90 && arch < 120; }
 
 /// How the kernel cuts its work, for the kernel: strips and splits of the plan, and how unit u of k (decode_unit) finds
@@ -75,7 +75,7 @@ inline DecodeCut decode_cut(const CudaPlan& plan, std::int64_t k, std::int64_t g
 inline CudaPlan decode_plan(const CudaProblem& p, const Gpu& gpu, int strips_log, int splits) {
   CudaPlan plan;
   plan.kernel = CudaKernel::decode, plan.name = "decode";
-  plan.why = "few rows: weights go straight to registers, and every one is read once";
+  plan.why = "few rows: every weight is read once, and the rows wait for it in shared memory";
   plan.tile_n = 16 << strips_log, plan.tile_m = p.m <= 8 ? 8 : 16;
   plan.splits = splits, plan.cluster = has_clusters(gpu.arch) ? splits : 1;
   plan.stages = kDecodeStages;
@@ -86,12 +86,13 @@ inline CudaPlan decode_plan(const CudaProblem& p, const Gpu& gpu, int strips_log
   return plan;
 }
 
-/// What is expected to take the least time, counted in bytes that a multiprocessor reads in that time. Up to two blocks
-/// run on each at once; in every such wave they begin, read their shares of W, and for them m rows of x, which come
-/// from the second cache. More strips mean fewer reads of x; more splits let more blocks take part, and cost an
-/// exchange of sums, or where there are no clusters a second kernel. The costs are estimates, not measured ones.
+/// What is expected to take the least time, counted in bytes that a multiprocessor reads in that time: the work of the
+/// busiest one. Each of its blocks begins; reads its share of W; and m rows of x, from the second cache, at twice the
+/// speed. A block that runs alone has not enough under way to read at full speed, and nothing hides its beginning: it
+/// takes half as long again. More strips mean fewer reads of x; more splits give more multiprocessors something to do,
+/// and cost an exchange of sums, or where there are no clusters a second kernel. The costs are estimates, not measured.
 inline CudaPlan decode_plan(const CudaProblem& p, const Gpu& gpu) {
-  constexpr std::int64_t kBegin = 32 << 10, kExchange = 8 << 10, kSecondKernel = 96 << 10;
+  constexpr std::int64_t kBegin = 4 << 10, kExchange = 4 << 10, kSecondKernel = 32 << 10;
   constexpr int kReserved = 1 << 10;  // of shared memory, for each block
   const std::int64_t steps = core::ceil_div(p.k, kDecodeStep);
   CudaPlan best;
@@ -100,12 +101,15 @@ inline CudaPlan decode_plan(const CudaProblem& p, const Gpu& gpu) {
     for (int splits = 1; splits <= 8 && splits <= steps; splits *= 2) {
       const CudaPlan plan = decode_plan(p, gpu, strips_log, splits);
       if (plan.shared_bytes > gpu.shared_bytes) continue;
-      const std::int64_t at_once = 2 * (plan.shared_bytes + kReserved) <= gpu.shared_bytes + kReserved ? 2 : 1;
-      const std::int64_t waves = core::ceil_div(plan.grid_x, at_once * gpu.sms);
+      const std::int64_t blocks = core::ceil_div(plan.grid_x, gpu.sms);  // of one multiprocessor
+      const bool alone = blocks == 1 || 2 * (plan.shared_bytes + kReserved) > gpu.shared_bytes + kReserved;
       const std::int64_t share = core::ceil_div(steps, splits) * kDecodeStep;
-      const std::int64_t wave = kBegin + at_once * (share * plan.tile_n / 2 + share * p.m);
-      const std::int64_t sharing = splits == 1 ? 0 : plan.cluster > 1 ? splits * kExchange : kSecondKernel;
-      if (const std::int64_t cost = waves * wave + sharing; least == 0 || cost < least) least = cost, best = plan;
+      const std::int64_t work = blocks * (kBegin + share * plan.tile_n / 2 + share * p.m);
+      const std::int64_t sharing = splits == 1        ? 0
+                                   : plan.cluster > 1 ? splits * kExchange
+                                                      : kSecondKernel + plan.workspace_bytes / gpu.sms;
+      const std::int64_t cost = (alone ? work * 3 / 2 : work) + sharing;
+      if (least == 0 || cost < least) least = cost, best = plan;
     }
   return best;
 }

@@ -35,14 +35,14 @@ PFN_cuTensorMapEncodeTiled_v12000 tensor_map_encoder() {
   return encoder;
 }
 
-/// x in boxes of one step of `tokens` rows, swizzled as wgmma_descriptor says. What lies outside of x becomes zeros.
+/// x in boxes of one slice of `tokens` rows, swizzled as wgmma_descriptor says. What lies outside of x becomes zeros.
 cudaError_t encode_x(const core::LinearArgs& a, int tokens, TensorMap& map) {
   static_assert(sizeof(TensorMap) == sizeof(CUtensorMap) && alignof(TensorMap) >= alignof(CUtensorMap));
   const auto encode = tensor_map_encoder();
   if (encode == nullptr) return cudaErrorNotSupported;
   const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(a.k), static_cast<cuuint64_t>(a.m)};
   const cuuint64_t strides[1] = {static_cast<cuuint64_t>(a.x_stride) * 2};
-  const cuuint32_t box[2] = {kSm90Step, static_cast<cuuint32_t>(tokens)}, element_strides[2] = {1, 1};
+  const cuuint32_t box[2] = {kSm90Slice, static_cast<cuuint32_t>(tokens)}, element_strides[2] = {1, 1};
   const auto type = a.x_type == DType::f16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
   const CUresult result = encode(reinterpret_cast<CUtensorMap*>(&map), type, 2, const_cast<void*>(a.x), sizes, strides,
                                  box, element_strides, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,

@@ -11,6 +11,7 @@
 #include "dequant.cuh"
 #include "gemm_sm90.h"
 #include "reduce.cuh"
+#include "unrolled.cuh"
 
 namespace awq::cuda {
 
@@ -65,9 +66,11 @@ class GemmSm90 {
 
  private:
   static constexpr bool kExact = kTokens <= kSm90Exact;
-  static constexpr int kMultiplying = 128 * kSm90Panels;  // threads
-  using Sums = float[kTokens / 2];                        // of one of these, see wgmma
-  using Weights = std::uint32_t[4][4];                    // of a step, for four wgmma
+  static constexpr int kMultiplying = 128 * kSm90Panels;        // threads
+  using Sums = float[kTokens / 2];                              // of one of these, see wgmma
+  using Weights = std::uint32_t[4][4];                          // of a slice, for four wgmma
+  static constexpr int kSlices = sm90_slices(kTokens);          // of a step
+  static constexpr int kSliceBytes = kTokens * kSm90Slice * 2;  // of x
 
   AWQ_DEVICE ptx::Shared at(int offset) const { return shared_ + static_cast<ptx::Shared>(offset); }
 
@@ -109,7 +112,9 @@ class GemmSm90 {
         ptx::barrier_wait(at(cut_.empty(turn.stage)), turn.parity);
         if (lane == 0) {
           ptx::barrier_expect(full, static_cast<std::uint32_t>(cut_.x_bytes));
-          ptx::copy_tensor(at(cut_.x(turn.stage)), map_, first_token, step * kSm90Step, full);
+          for (int i = 0; i < kSlices; ++i)
+            ptx::copy_tensor(at(cut_.x(turn.stage) + i * kSliceBytes), map_, first_token,
+                             (step * kSlices + i) * kSm90Slice, full);
         } else {
           const auto bytes = static_cast<std::uint32_t>(step + 1 == cut_.steps ? run.last : run.piece);
           ptx::barrier_expect(full, bytes);
@@ -125,7 +130,8 @@ class GemmSm90 {
     const int i = (lane - 1) % kSm90Panels, part = (lane - 1) / kSm90Panels;
     const int panel = existing(first_panel + i), to = cut_.panel(0, i);
     if (part < 1)
-      return piece_of(a_.qweight, panel, cut_.steps * std::int64_t{kSm90Codes}, kSm90Codes, kSm90Codes, 1, to);
+      return piece_of(a_.qweight, panel, cut_.slices * std::int64_t{kSm90Codes}, kSlices * kSm90Codes,
+                      (cut_.slices - (cut_.steps - 1) * kSlices) * kSm90Codes, 1, to);
     // Of a group; the last panel may have fewer columns of scales.
     const int full = part == 1 ? kSm90Panel * cut_.scale_bytes : kSm90Panel / 2;
     const int bytes = part == 1 ? columns(panel) * cut_.scale_bytes : full;
@@ -154,7 +160,10 @@ class GemmSm90 {
     for_tiles([&](int first_panel, int first_token) {
       const int panel = first_panel + group();
       Sums sums = {};
-      multiply(columns(existing(panel)), turn, sums);
+      if (cut_.step_groups == 1)
+        multiply<true>(columns(existing(panel)), turn, sums);
+      else
+        multiply<false>(columns(existing(panel)), turn, sums);
       const Bias bias = biases(panel);
       if (cut_.cluster == 1) {
         for (int i = 0; i < kTokens / 8; ++i) finish(panel, first_token + 8 * i, bias, eight(sums, i));
@@ -164,94 +173,154 @@ class GemmSm90 {
     });
   }
 
-  /// While the matrix units work at a step, the next one's weights are made.
+  /// Where a thread finds in a panel's part of a stage what it needs for its two rows.
+  struct Places {
+    int codes, zeros, scales;
+    int zero_shift, scale_shift;  // of the word there
+  };
+
+  AWQ_DEVICE Places places(int columns) const {
+    const int strip = row() / 16 * 16, r = row() % 16, zero = strip / 2 + r;
+    // See core::fragment_scale: two rows of a whole strip are neighbours. In half a strip there is no second row; what
+    // is beyond has the scales of the first rows, since the place must hold some.
+    const int scale = strip + 16 <= columns ? strip + 2 * r : strip < columns ? strip + r : 0;
+    return {ptx::thread() % 128 * 16, cut_.zeros + zero / 4 * 4, cut_.scales + scale / 2 * 2 * cut_.scale_bytes,
+            zero % 4 * 8, scale % 2 * 16};
+  }
+
+  /// Of a group, for the rows of a thread.
+  struct Parameters {
+    ZeroPair zero;
+    std::uint32_t scale[2];  // twice each, in 16 bits
+  };
+
+  /// While the matrix units work at a slice, the next one's weights are half made. kOneGroup: no step meets two groups.
+  template <bool kOneGroup>
   AWQ_DEVICE void multiply(int columns, Sm90Turn& turn, Sums& sums) const {
-    Weights w, next;
+    const Places places = this->places(columns);
+    Weights w, codes;
     Sums part;
-    if (first_step_ != end_step_) prepare(first_step_, turn, columns, next);
+    Parameters of_group;
+    const auto begin = [&](int step, int slice, Sm90Turn at_turn) {
+      if (slice == 0) ptx::barrier_wait(at(cut_.full(at_turn.stage)), at_turn.parity);
+      load_codes(step, slice, at_turn.stage, places, codes);
+      if (begins<kOneGroup>(4 * slice))
+        of_group = parameters(at_turn.stage, places, group_of<kOneGroup>(step, 4 * slice), columns);
+    };
+    if (first_step_ != end_step_) begin(first_step_, 0, turn);
     for (int step = first_step_; step != end_step_; ++step) {
-      const ptx::Shared panel = at(cut_.panel(turn.stage, group()));
-      const std::uint64_t x = ptx::wgmma_descriptor(at(cut_.x(turn.stage)));
-      const auto add_part = [&](int i) {
-        const float s[2] = {scale(panel, group_of(step, i), columns, row()),
-                            scale(panel, group_of(step, i), columns, row() + 8)};
-        ptx::wgmma_wait<0>();
-        ptx::wgmma_settle(part);
-        for (int j = 0; j < kTokens / 2; ++j) sums[j] = std::fma(s[j % 4 / 2], part[j], sums[j]);
-      };
-      for (int i = 0; i < 16; ++i) w[i / 4][i % 4] = next[i / 4][i % 4];
-      for (int i = 0; i < 4; ++i) {
-        ptx::wgmma_fence();
-        if constexpr (kExact)
-          ptx::wgmma<kType, kTokens>(part, w[i], x + static_cast<unsigned>(2 * i), !begins(i));
-        else
-          ptx::wgmma<kType, kTokens>(sums, w[i], x + static_cast<unsigned>(2 * i), true);
-        ptx::wgmma_commit();
-        if constexpr (kExact)
-          if (i != 3 && begins(i + 1)) add_part(i);
-      }
       const Sm90Turn after = turn.next(cut_.stages);
-      if (step + 1 != end_step_) prepare(step + 1, after, columns, next);
-      if constexpr (kExact) {
-        add_part(3);
-      } else {
-        ptx::wgmma_wait<0>();
-        ptx::wgmma_settle(sums);
-      }
+      unrolled<kSlices>([&](auto slice) {
+        for (int i = 0; i < 4; ++i) {
+          const int sixteen = 4 * slice + i;
+          if (i != 0 && begins<kOneGroup>(sixteen))
+            of_group = parameters(turn.stage, places, group_of<kOneGroup>(step, sixteen), columns);
+          for (int j = 0; j < 4; ++j) {
+            w[i][j] = ptx::sub_pair<kType>(codes[i][j], of_group.zero.row[j % 2]);
+            if constexpr (!kExact) w[i][j] = ptx::mul_pair<kType>(w[i][j], of_group.scale[j % 2]);
+          }
+        }
+        const std::uint64_t x = ptx::wgmma_descriptor(at(cut_.x(turn.stage) + slice * kSliceBytes));
+        if constexpr (kOneGroup) ptx::wgmma_fence();
+        for (int i = 0; i < 4; ++i) {
+          const int sixteen = 4 * slice + i;
+          if constexpr (!kOneGroup) ptx::wgmma_fence();
+          if constexpr (kExact)
+            ptx::wgmma<kType, kTokens>(part, w[i], x + static_cast<unsigned>(2 * i), !begins<kOneGroup>(sixteen));
+          else
+            ptx::wgmma<kType, kTokens>(sums, w[i], x + static_cast<unsigned>(2 * i), true);
+          if (i == 3 || !kOneGroup) ptx::wgmma_commit();
+          if constexpr (kExact)
+            if (i != 3 && begins<kOneGroup>(sixteen + 1))
+              add_part<kOneGroup>(step, sixteen, turn.stage, places, columns, part, sums);
+        }
+        if (slice + 1 != kSlices)
+          begin(step, slice + 1, turn);
+        else if (step + 1 != end_step_)
+          begin(step + 1, 0, after);
+        if constexpr (kExact) {
+          if (begins<kOneGroup>(4 * slice + 4)) {
+            add_part<kOneGroup>(step, 4 * slice + 3, turn.stage, places, columns, part, sums);
+          } else {
+            ptx::wgmma_wait<0>();
+            ptx::wgmma_settle(part);
+          }
+        } else {
+          ptx::wgmma_wait<0>();
+          ptx::wgmma_settle(sums);
+        }
+        for (int i = 0; i < 4; ++i) ptx::wgmma_settle(w[i], shared_);
+      });
       ptx::sync_warp();
       if (lane() == 0) ptx::barrier_arrive(at(cut_.empty(turn.stage)));
       turn = after;
     }
   }
 
-  /// The weights of a step, once they have come.
-  AWQ_DEVICE void prepare(int step, Sm90Turn turn, int columns, Weights& w) const {
-    ptx::barrier_wait(at(cut_.full(turn.stage)), turn.parity);
-    const ptx::Shared panel = at(cut_.panel(turn.stage, group()));
-    const auto words = ptx::load_shared<Vector>(panel + static_cast<ptx::Shared>(ptx::thread() % 128 * 16));
-    ZeroPair zero;
-    std::uint32_t s[2];
-    for (int i = 0; i < 4; ++i) {
-      if (begins(i)) {
-        const int g = group_of(step, i);
-        zero = zeros(panel, g);
-        if constexpr (!kExact)
-          for (int half = 0; half < 2; ++half)
-            s[half] = ptx::load_shared<std::uint16_t>(scale_place(panel, g, columns, row() + 8 * half)) * 0x10001u;
+  /// The codes of a slice, with the offsets that zeros have too.
+  AWQ_DEVICE void load_codes(int step, int slice, int stage, const Places& places, Weights& codes) const {
+    // There may be half a step at the end of k. Its other half are zeros of x, and codes are any.
+    const bool there = slice == 0 || step * kSlices + slice < cut_.slices;
+    const auto words =
+        ptx::load_shared<Vector>(at(cut_.panel(stage, group()) + places.codes + (there ? slice * kSm90Codes : 0)));
+    for (int i = 0; i < 4; ++i)
+      for (int j = 0; j < 2; ++j) {
+        codes[i][2 * j] = offset_codes<kType, false>(words.word[i] >> (8 * j));
+        codes[i][2 * j + 1] = offset_codes<kType, true>(words.word[i] >> (8 * j));
       }
-      dequantize_word<kType>(words.word[i], zero, w[i]);
-      if constexpr (!kExact)
-        for (int j = 0; j < 4; ++j) w[i][j] = ptx::mul_pair<kType>(w[i][j], s[j % 2]);
+  }
+
+  AWQ_DEVICE Parameters parameters(int stage, const Places& places, int g, int columns) const {
+    Parameters p;
+    const ptx::Shared panel = at(cut_.panel(stage, group()));
+    std::uint32_t zeros = kSymmetricZeros;
+    if (a_.qzeros != nullptr)
+      zeros = ptx::load_shared<std::uint32_t>(panel + places.zeros + g * (kSm90Panel / 2)) >> places.zero_shift & 0xffu;
+    p.zero = zero_pair<kType>(zeros);
+    if constexpr (!kExact) {
+      const auto pair = ptx::load_shared<std::uint32_t>(panel + places.scales + g * columns * 2) >> places.scale_shift;
+      p.scale[0] = (pair & 0xffffu) * 0x10001u;
+      p.scale[1] = (pair >> 16) * 0x10001u;
     }
+    return p;
   }
 
-  /// A step is four times 16 of k. Whether a group begins with number i (or the next step, i = 4).
-  AWQ_DEVICE bool begins(int i) const { return i * cut_.step_groups % 4 == 0; }
-  /// Which of the step's groups number i is in. What is beyond k meets zeros of x, but must not be NaN.
-  AWQ_DEVICE int group_of(int step, int i) const {
-    const int here = i * cut_.step_groups / 4, last = cut_.groups - 1 - step * cut_.step_groups;
-    return cut_.step_groups == 1 || here < last ? here : last;
+  /// Once the matrix units have done a group's part of a step, of which the number `sixteen` is the last: sums += s
+  /// part.
+  template <bool kOneGroup>
+  AWQ_DEVICE void add_part(int step, int sixteen, int stage, const Places& places, int columns, Sums& part,
+                           Sums& sums) const {
+    const ptx::Shared from = at(cut_.panel(stage, group())) + places.scales +
+                             group_of<kOneGroup>(step, sixteen) * columns * cut_.scale_bytes;
+    float s[2];
+    if (a_.scale_type == DType::f32) {
+      const auto pair = ptx::load_shared<std::uint64_t>(from) >> (2 * places.scale_shift);
+      s[0] = std::bit_cast<float>(static_cast<std::uint32_t>(pair));
+      s[1] = std::bit_cast<float>(static_cast<std::uint32_t>(pair >> 32));
+    } else {
+      const auto pair = ptx::load_shared<std::uint32_t>(from) >> places.scale_shift;
+      const auto low = static_cast<std::uint16_t>(pair), high = static_cast<std::uint16_t>(pair >> 16);
+      const bool half = a_.scale_type == DType::f16;
+      s[0] = half ? ptx::to_float<DType::f16>(low) : ptx::to_float<DType::bf16>(low);
+      s[1] = half ? ptx::to_float<DType::f16>(high) : ptx::to_float<DType::bf16>(high);
+    }
+    ptx::wgmma_wait<0>();
+    ptx::wgmma_settle(part);
+    for (int j = 0; j < kTokens / 2; ++j) sums[j] = std::fma(s[j % 4 / 2], part[j], sums[j]);
   }
 
-  AWQ_DEVICE ZeroPair zeros(ptx::Shared panel, int g) const {
-    if (a_.qzeros == nullptr) return zero_pair<kType>(kSymmetricZeros);
-    const int byte = row() / 16 * 8 + row() % 8;
-    const ptx::Shared word = panel + static_cast<ptx::Shared>(cut_.zeros + g * (kSm90Panel / 2) + byte / 4 * 4);
-    return zero_pair<kType>(ptx::load_shared<std::uint32_t>(word) >> (byte % 4 * 8) & 0xffu);
+  // A step is cut into pieces of 16, what a wgmma takes, numbered from 0. Whether a group begins with such a one (or
+  // the next step, after the last), and which of the step's groups it belongs to: what is beyond k meets zeros of x,
+  // but the group must be one that exists.
+  template <bool kOneGroup>
+  AWQ_DEVICE bool begins(int sixteen) const {
+    return sixteen * (kOneGroup ? 1 : cut_.step_groups) % (4 * kSlices) == 0;
   }
-
-  /// See core::fragment_scale. Rows that do not exist share the scale of one that does.
-  AWQ_DEVICE ptx::Shared scale_place(ptx::Shared panel, int g, int columns, int row) const {
-    const int r = row % 16, strip = row - r;
-    const int place = row >= columns ? 0 : columns - strip < 16 ? row : strip + r % 8 * 2 + r / 8;
-    return panel + static_cast<ptx::Shared>(cut_.scales + (g * columns + place) * cut_.scale_bytes);
-  }
-
-  AWQ_DEVICE float scale(ptx::Shared panel, int g, int columns, int row) const {
-    const ptx::Shared place = scale_place(panel, g, columns, row);
-    if (a_.scale_type == DType::f32) return ptx::load_shared<float>(place);
-    const auto bits = ptx::load_shared<std::uint16_t>(place);
-    return a_.scale_type == DType::f16 ? ptx::to_float<DType::f16>(bits) : ptx::to_float<DType::bf16>(bits);
+  template <bool kOneGroup>
+  AWQ_DEVICE int group_of(int step, int sixteen) const {
+    if constexpr (kOneGroup) return 0;
+    const int here = sixteen * cut_.step_groups / (4 * kSlices), last = cut_.groups - 1 - step * cut_.step_groups;
+    return here < last ? here : last;
   }
 
   // --- sums become outputs ------------------------------------------------------------------------------------------
@@ -307,7 +376,7 @@ class GemmSm90 {
 
   const core::LinearArgs& a_;
   const Sm90Cut& cut_;
-  const TensorMap* map_;  // of x, in boxes of kTokens rows and one step
+  const TensorMap* map_;  // of x, in boxes of kTokens rows and one slice
   ptx::Shared shared_;
   int rank_;                   // of this block in its cluster
   int first_step_, end_step_;  // of this block

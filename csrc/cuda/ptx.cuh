@@ -244,12 +244,14 @@ AWQ_DEVICE void barrier_expect(Shared barrier, std::uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 #endif
 }
-/// Until the phase of that parity (0, 1, 0, 1, ...) has ended: all have arrived and all bytes are there.
+/// Until the phase of that parity (0, 1, 0, 1, ...) has ended: all have arrived and all bytes are there. Copies' bytes
+/// are seen, and what threads of this block did before they arrived; of other blocks only that they have arrived. (A
+/// wider scope would empty the first cache each time.)
 AWQ_DEVICE void barrier_wait(Shared barrier, int parity) {
 #if __CUDA_ARCH__ >= 900
   asm volatile(
       "{\n.reg .pred done;\nwaiting:\n"
-      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
       "@done bra ready;\nbra waiting;\nready:\n}" ::"r"(barrier),
       "r"(parity)
       : "memory");

@@ -11,11 +11,20 @@ namespace awq::cuda::ptx {
 template <DType kType, int kColumns>
 AWQ_DEVICE void wgmma(float (&d)[kColumns / 2], const std::uint32_t (&a)[4], std::uint64_t b, bool accumulate);
 
-/// After wgmma_wait and before d is read or a written: to the compiler, wgmma has used them when it is issued, and what
-/// comes after could be moved to before the wait.
+// To compilers, wgmma has used its registers when it is issued: what comes after it could be moved to before its wait,
+// or be given the registers of a to write to. (ptxas does that until CUDA 13.3, whose release notes tell.) So after the
+// wait, d and a are settled: used once more.
+
 template <int kCount>
 AWQ_DEVICE void wgmma_settle(float (&d)[kCount]) {
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(d[i])::"memory");
+}
+/// `not_zero` is never zero, but no compiler can know.
+AWQ_DEVICE void wgmma_settle(const std::uint32_t (&a)[4], Shared not_zero) {
+  asm volatile(
+      "{\n.reg .pred never;\nsetp.eq.u32 never, %4, 0;\n@never st.shared.v4.u32 [%4], {%0, %1, %2, %3};\n}" ::"r"(a[0]),
+      "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(not_zero)
+      : "memory");
 }
 
 // The instruction names each register of d: AWQ_NAMES is that list and AWQ_D its operands, from d[i] on.
@@ -24,14 +33,14 @@ AWQ_DEVICE void wgmma_settle(float (&d)[kCount]) {
 #define AWQ_NAMES_32 AWQ_NAMES_16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
 #define AWQ_NAMES_48 AWQ_NAMES_32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
 #define AWQ_NAMES_64 AWQ_NAMES_48 ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-#define AWQ_NAMES_96                                                                                                \
-  AWQ_NAMES_64                                                                                                      \
-      ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83, %84, " \
-      "%85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
-#define AWQ_NAMES_128                                                                                              \
-  AWQ_NAMES_96                                                                                                     \
-      ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, %112, %113, " \
-      "%114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
+#define AWQ_NAMES_96                                                                                            \
+  AWQ_NAMES_64                                                                                                  \
+  ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83, %84, " \
+  "%85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
+#define AWQ_NAMES_128                                                                                          \
+  AWQ_NAMES_96                                                                                                 \
+  ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, %112, %113, " \
+  "%114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
 #define AWQ_D_4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define AWQ_D_8(i) AWQ_D_4(i), AWQ_D_4(i + 4)
 #define AWQ_D_16(i) AWQ_D_8(i), AWQ_D_8(i + 8)

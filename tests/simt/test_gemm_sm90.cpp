@@ -37,7 +37,7 @@ void play(const core::LinearArgs& args, const Cut& cut, const simt::Options& opt
   const Sm90Cut sm90({args.m, args.n, args.k, args.group, args.x_type, args.scale_type}, kTokens, cut.stages,
                      cut.cluster);
   cuda::TensorMap map;
-  simt::encode(map, args.x, 2, args.m, args.k, args.x_stride * 2, kTokens, cuda::kSm90Step, true);
+  simt::encode(map, args.x, 2, args.m, args.k, args.x_stride * 2, kTokens, cuda::kSm90Slice, true);
   simt::run({.grid_x = cut.blocks == 0 ? std::int64_t{sm90.tiles} * cut.cluster : cut.blocks,
              .threads = cuda::kSm90Threads,
              .cluster = cut.cluster,
@@ -60,12 +60,11 @@ void play(const core::LinearArgs& args, const Cut& cut, const simt::Options& opt
   }
 }
 
-/// Sixteen products at a time come to a sum in float32: where weights are exact that of a step, at most, and then that
-/// of all steps; blocks of a cluster; bias.
+/// Sixteen products at a time come to a sum in float32: where weights are exact that of a step, at most 128, and then
+/// that of all steps; blocks of a cluster; bias.
 double additions(const LinearCase& c, const Cut& cut) {
-  const auto steps = static_cast<double>(core::ceil_div(c.shape.k, cuda::kSm90Step));
-  const double terms = cut.tokens <= cuda::kSm90Exact ? std::min(static_cast<double>(c.shape.k), 64.0) + 2 * steps
-                                                      : static_cast<double>(c.shape.k);
+  const auto k = static_cast<double>(c.shape.k);
+  const double terms = cut.tokens <= cuda::kSm90Exact ? std::min(k, 128.0) + k / 16 + 2 : k;
   return terms + cut.cluster + 2;
 }
 
@@ -122,13 +121,14 @@ TEST_CASE("gemm_sm90: groups, and ends of n and k") {
   };
   for (const DType x : {DType::f16, DType::bf16}) {
     for (const Case& s : {Case{8, 16, 16}, Case{24, 80, 16}, Case{64, 96, 32}, Case{72, 224, 32}, Case{8, 7, 7},
-                          Case{40, 65, 65}, Case{136, 200, 200}, Case{64, 256, 128}, Case{24, 384, 192}}) {
+                          Case{40, 65, 65}, Case{136, 200, 200}, Case{64, 256, 128}, Case{24, 320, 320},
+                          Case{8, 64, 64}, Case{64, 192, 64}, Case{16, 288, 16}, Case{40, 384, 384}}) {
       const DType scale = s.n % 16 == 0 ? DType::f32 : DType::f16;
       LinearCase c({17, s.n, s.k, s.group}, {x, scale, DType::bf16, s.k != 224}, pad(s.k));
       check(c, {.tokens = 32, .stages = 2}, {0, 1});
     }
     for (const Case& s : {Case{8, 64, 16}, Case{24, 128, 16}, Case{64, 192, 32}, Case{72, 256, 256},
-                          Case{136, 256, 128}, Case{40, 384, 192}}) {
+                          Case{136, 256, 128}, Case{40, 384, 128}}) {
       const Cut cut{.tokens = 96, .stages = 2};
       LinearCase c({20, s.n, s.k, s.group}, {x, x, DType::f32, s.k != 192}, 8);
       check(c, cut, {1, 2});
@@ -163,6 +163,34 @@ TEST_CASE("gemm_sm90: as it is planned") {
                  8);
     check(c, cut_of(cuda::gemm_sm90_plan(problem(c), kHopper)), {0, 1});
   }
+}
+
+TEST_CASE("gemm_sm90: calls at random") {
+  test::Random random(90);
+  const auto below = [&](int count) { return static_cast<std::int64_t>(random.uniform(0, count)); };
+  int played = 0;
+  for (int i = 0; i < 50; ++i) {
+    const int tokens = cuda::kSm90Tokens[below(std::size(cuda::kSm90Tokens))];
+    const bool exact = tokens <= cuda::kSm90Exact;
+    constexpr std::int64_t kGroups[] = {16, 32, 64, 128, 256};
+    std::int64_t group = kGroups[below(std::size(kGroups))];
+    if (!exact) group = core::ceil_div(group, 64) * 64 / (below(2) == 0 ? 1 : 2);
+    const std::int64_t groups = exact ? 1 + below(9) : 2 * (1 + below(3));
+    const std::int64_t k = group * groups;
+    const DType x = below(2) == 0 ? DType::f16 : DType::bf16;
+    LinearCase c(
+        {1 + below(300), 8 * (1 + below(40)), k, below(4) == 0 ? k : group},
+        {x, exact ? test::kFloatTypes[below(3)] : x, test::kFloatTypes[below(3)], below(3) != 0, below(2) == 0},
+        8 * below(3), random.bits());
+    if (!cuda::gemm_sm90_can(problem(c), kHopper)) continue;
+    const int cluster = cuda::kSm90Clusters[below(3)];
+    // A cluster's sums need some room.
+    const Cut cut{tokens, static_cast<int>((cluster == 1 ? 2 : 4) + below(3)), cluster, cluster == 1 ? below(4) : 0};
+    check(c, cut, {0, random.bits()});
+    if (!exact) check_rounded(c, cut);
+    ++played;
+  }
+  REQUIRE(played > 30);
 }
 
 TEST_CASE("gemm_sm90: what is not finite stays in its row; zeros and scales at their ends") {
@@ -204,7 +232,7 @@ TEST_CASE("gemm_sm90: plans fit the device, and cover the call") {
             REQUIRE(plan.workspace_bytes == 0);
             // The sums of a block, for the others of a cluster, must not reach the barriers.
             REQUIRE(4 * plan.tile_n * plan.tile_m <= cut.barriers);
-            REQUIRE(((scale == p.x_type && k % cuda::kSm90Step == 0) || plan.tile_m <= cuda::kSm90Exact));
+            REQUIRE(((scale == p.x_type && k % cuda::kSm90Slice == 0) || plan.tile_m <= cuda::kSm90Exact));
             const std::int64_t tiles = core::ceil_div(n, plan.tile_n) * core::ceil_div(m, plan.tile_m);
             REQUIRE(cut.tiles == tiles);
             REQUIRE((plan.cluster == 1 ? plan.grid_x <= tiles : plan.grid_x == tiles * plan.cluster));
@@ -234,6 +262,7 @@ TEST_CASE("gemm_sm90: what it cannot do") {
   REQUIRE_FALSE(can([](CudaProblem& p) { p.group = 8; }));
   REQUIRE_FALSE(can([](CudaProblem& p) { p.k = 480, p.group = 48; }));
   REQUIRE_FALSE(can([](CudaProblem& p) { p.k = 960, p.group = 96; }));
+  REQUIRE_FALSE(can([](CudaProblem& p) { p.k = 960, p.group = 192; }));
   REQUIRE_FALSE(can([](CudaProblem& p) { p.x_type = p.scale_type = DType::f32; }));
   REQUIRE_FALSE(can([](CudaProblem& p) { p.m = std::int64_t{1} << 31; }));
   REQUIRE_FALSE(can([](CudaProblem& p) { p.m = p.n = std::int64_t{1} << 22; }));
