@@ -150,6 +150,19 @@ def test_every_file_of_the_table_is_there() -> None:
     assert {*EXPECTED, *ARCHS} <= {path.stem for path in SOURCES.glob("*.cu")}
 
 
+def test_the_library_has_code_for_every_architecture_it_was_built_for() -> None:
+    """Machine code, and PTX where CMake was not told "-real": it becomes the code of later devices."""
+    path = _library.find(_library.CUDA_LIBRARY)
+    if path is None:
+        pytest.skip(f"{_library.CUDA_LIBRARY} was not built")
+    archs = _library.native().build_info()["cuda_architectures"].split()
+    assert archs
+    real = {arch.removesuffix("-real") for arch in archs if not arch.endswith("-virtual")}
+    assert set(re.findall(r"\.sm_(\w+)\.cubin", sass.cuobjdump(path, "-lelf"))) == real
+    virtual = {arch.removesuffix("-virtual") for arch in archs if not arch.endswith("-real")}
+    assert set(re.findall(r"\.sm_(\w+)\.ptx", sass.cuobjdump(path, "-lptx"))) == virtual
+
+
 # Shared memory of a multiprocessor, of which each block costs 1 KiB more: CUDA C++ Programming Guide, "Technical
 # Specifications per Compute Capability".
 SHARED_KIB = {75: 64, 80: 164, 86: 100, 89: 100, 90: 228, 100: 228, 120: 100}
