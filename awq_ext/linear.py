@@ -271,11 +271,8 @@ def _explain_cuda(layer: AwqLinear, m: int, dtype: torch.dtype, device: torch.de
         return f"{layer.layout} on {device}: the weight is dequantized to {dtype}, and torch multiplies"
     if gpu is None:
         found = torch.cuda.get_device_properties(device)
-        facts = {
-            "arch": 10 * found.major + found.minor,
-            "sms": found.multi_processor_count,
-            "shared_bytes": getattr(found, "shared_memory_per_block_optin", 0),  # 0: as GPUs of the kind have
-        }
+        shared = found.shared_memory_per_multiprocessor - 1024  # a block may have all but what the system keeps
+        facts = {"arch": 10 * found.major + found.minor, "sms": found.multi_processor_count, "shared_bytes": shared}
     else:
         digits = gpu.removeprefix("sm_").rstrip("a")
         if not digits.isdecimal():
@@ -287,8 +284,8 @@ def _explain_cuda(layer: AwqLinear, m: int, dtype: torch.dtype, device: torch.de
     if plan["kernel"] == "dequantize":
         return f"dequantize on {where}, the weight to {dtype}, and torch multiplies: {plan['why']}"
     (rows, tokens), (x, y) = plan["tile"], plan["grid"]
-    shared = [f", {plan[name]} {text}" for name, text in _DIVIDED.items() if plan[name] > 1]
-    blocks = f"{x * y} blocks for {rows} columns and {tokens} rows each{''.join(shared)}"
+    divided = [f", {plan[name]} {text}" for name, text in _DIVIDED.items() if plan[name] > 1]
+    blocks = f"{x * y} blocks for {rows} columns and {tokens} rows each{''.join(divided)}"
     return f"{plan['kernel']} on {where}, {blocks}: {plan['why']}"
 
 

@@ -427,6 +427,19 @@ def test_x_may_lie_anywhere(dtype: torch.dtype, m: int) -> None:
 
 
 @pytest.mark.parametrize("m", EVERY_KERNEL)
+@pytest.mark.parametrize("name", ["qweight", "scales", "qzeros"])
+def test_a_weight_may_lie_anywhere(m: int, name: str) -> None:
+    """Kernels want multiples of 16 bytes; what lies otherwise, or is strided, is multiplied all the same."""
+    given, w = fragments(136, 256, 64)
+    x = floats(m, 256, dtype=torch.float16).to(DEVICE)
+    tensor = given[name]
+    shifted = torch.empty(tensor.numel() + 1, dtype=tensor.dtype, device=DEVICE)[1:].view(tensor.shape)
+    apart = torch.cat([tensor, tensor], 1)[:, : tensor.shape[1]]
+    for other in (shifted.copy_(tensor), apart):
+        assert_multiplied(ops.linear(x, **{**given, name: other}), x, w)
+
+
+@pytest.mark.parametrize("m", EVERY_KERNEL)
 def test_outputs_end_where_they_should(m: int) -> None:
     """Kernels store in tiles: what lies behind y stays, and no row or column is left out."""
     given, w = fragments(72, 96, 32)

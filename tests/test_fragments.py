@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -299,3 +300,14 @@ def test_explain_answers_for_a_gpu_that_is_not_here() -> None:
     assert answer.startswith("dequantize on sm_90") and "torch multiplies: the kernels multiply float16" in answer
     with pytest.raises(ValueError, match="'hopper'"):
         awq_ext.explain(layer, 1, gpu="hopper")
+
+
+def test_explain_asks_the_device_that_a_layer_is_on(as_on_cuda: pytest.MonkeyPatch) -> None:
+    facts = SimpleNamespace(major=9, minor=0, multi_processor_count=2, shared_memory_per_multiprocessor=228 << 10)
+    as_on_cuda.setattr(torch.cuda, "get_device_properties", lambda device: facts)
+    layer, device = AwqLinear.from_linear(nn.Linear(4096, 4096)), torch.device("cuda:3")
+    answer = linear._explain_cuda(layer, 64, F16, device, None)
+    assert answer.startswith("gemm_sm90 on cuda:3 (sm_90), ")
+    assert answer.split(", ", 1)[1] != awq_ext.explain(layer, 64, F16, gpu="sm_90").split(", ", 1)[1]
+    gemm = linear._explain_cuda(layer.repack("gemm"), 64, F16, device, None)
+    assert gemm == "gemm on cuda:3: the weight is dequantized to torch.float16, and torch multiplies"

@@ -13,9 +13,8 @@
 // Dissecting the NVIDIA Volta GPU Architecture via Microbenchmarking, 2018, on control information), so that the oldest
 // load of a circle is waited for together with the youngest on its counter. Groups of asynchronous copies end in order.
 #pragma once
+#include <bit>
 #include <cmath>
-#include <type_traits>
-#include <utility>
 
 #include "../core/layout.h"
 #include "../core/linear.h"

@@ -51,8 +51,8 @@ constexpr int decode_unit(std::int64_t k, std::int64_t group) {
   return group == k || group % 64 == 0 ? 64 : group % 32 == 0 ? 32 : 16;
 }
 
-/// Where blocks of a cluster read each other's shared memory. Consumer GPUs of arch 120 have no clusters worth the name
-/// (CUTLASS builds for them with clusters of one only).
+/// Where blocks of a cluster read each other's shared memory, and are known to be good at it: CUTLASS has clusters of
+/// one on sm_120.
 constexpr bool has_clusters(int arch) { return arch >= 90 && arch < 120; }
 
 /// How the kernel cuts its work, for the kernel: strips and splits of the plan, and how unit u of k (decode_unit) finds

@@ -76,9 +76,10 @@ STABLE_TORCH_LIBRARY(awq_ext, m) {
       "bool zero_point=True, ScalarType? dtype=None) -> Tensor");
 
   // On a CPU only. Rounds w like `quantize`, but to what loses least in the output: loss of a row d gram d^T,
-  // d = dequantized - w. Columns one after another, each making up for the errors before it (GPTQ; act_order: those with
-  // the largest diagonal of gram first, else from left to right), then `passes` of coordinate descent over codes and,
-  // with refit_scales, group scales. No row loses more than with `quantize`. Groups and zeros are those of `quantize`.
+  // d = dequantized - w. Columns one after another, each making up for the errors before it (GPTQ; act_order: those
+  // with the largest diagonal of gram first, else from left to right), then `passes` of coordinate descent over codes
+  // and, with refit_scales, group scales. No row loses more than with `quantize`. Groups and zeros are those of
+  // `quantize`.
   //   w float [n, k], gram float32 [k, k], range float32 [n, G, 2]; damping times the mean of gram's diagonal is
   //   added to it in the first step -> q uint8 [n, k], scales `dtype` (None: float16) [n, G], zeros uint8 [n, G]
   m.def(

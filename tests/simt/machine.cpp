@@ -12,8 +12,7 @@ namespace {
 struct Abandoned {};  // unwinds a thread that cannot go on because of another's error
 
 bool same_place(const Where& a, const Where& b) {
-  return a.line() == b.line() && a.column() == b.column() &&
-         (a.file_name() == b.file_name() || std::string_view(a.file_name()) == b.file_name());
+  return a.line == b.line && (a.file == b.file || std::string_view(a.file) == b.file);
 }
 
 std::string block_name(const Block& b) { return "block (" + std::to_string(b.x) + ", " + std::to_string(b.y) + ")"; }
@@ -21,8 +20,8 @@ std::string block_name(const Block& b) { return "block (" + std::to_string(b.x) 
 }  // namespace
 
 std::string place(Where where) {
-  const std::string_view path = where.file_name();
-  return std::string(path.substr(path.rfind('/') + 1)) + ":" + std::to_string(where.line());
+  const std::string_view path = where.file;
+  return std::string(path.substr(path.rfind('/') + 1)) + ":" + std::to_string(where.line);
 }
 
 void fail(Where where, const std::string& what) {

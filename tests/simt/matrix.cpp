@@ -6,7 +6,8 @@
 #include "machine.h"
 
 // Several versions of the inner loops, of which the loader takes the one for this CPU.
-#if defined(__x86_64__) && defined(__linux__) && !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
+#if defined(__x86_64__) && defined(__linux__) && !defined(__clang__) && !defined(__SANITIZE_ADDRESS__) && \
+    !defined(__SANITIZE_THREAD__)
 #define SIMT_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
 #else
 #define SIMT_CLONES

@@ -3,7 +3,6 @@
 #include <array>
 #include <cstdint>
 #include <memory>
-#include <source_location>
 #include <string>
 #include <vector>
 
@@ -11,7 +10,17 @@
 
 namespace simt {
 
-using Where = std::source_location;
+/// A place in the source. As a default argument, current() is where the function was called. (std::source_location,
+/// for compilers that lack it.)
+struct Where {
+  const char* file = "";
+  int line = 0;
+
+  static constexpr Where current(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+    return {file, line};
+  }
+};
+
 struct Thread;
 
 /// Memory that was not written holds this: not a number in every type, and no small count.

@@ -2,7 +2,6 @@
 #pragma once
 #include <array>
 #include <cstdint>
-#include <source_location>
 
 #include "simt/async.h"
 #include "simt/global.h"
