@@ -5,9 +5,9 @@
 namespace awq::cuda {
 namespace {
 
-/// Two blocks to a multiprocessor at least.
+/// Three blocks to a multiprocessor, as far as registers go; two where the sums are for twice the tokens.
 template <DType kType, int kTiles, int kUnit>
-__global__ void __launch_bounds__(kDecodeThreads, 2)
+__global__ void __launch_bounds__(kDecodeThreads, kTiles == 1 ? 3 : 2)
     decode_kernel(const __grid_constant__ core::LinearArgs args, const __grid_constant__ DecodeCut cut,
                   float* partials) {
 #if __CUDA_ARCH__ >= 800
