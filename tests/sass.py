@@ -129,24 +129,25 @@ def binaries() -> str | None:
     return None
 
 
-def read(cubin: Path, arch: str = "", warnings: str = "") -> Cubin:
-    """The kernels of a cubin or an object file."""
+def cuobjdump(file: Path, option: str) -> str:
     path = binaries()
     assert path is not None
     tool = shutil.which("cuobjdump", path=path)
     assert tool is not None
+    command = [tool, option, str(file)]
+    return subprocess.run(command, check=True, capture_output=True, text=True, env=os.environ | {"PATH": path}).stdout
 
-    def dump(option: str) -> str:
-        command = [tool, option, str(cubin)]
-        environment = os.environ | {"PATH": path}
-        return subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
 
+def read(cubin: Path, arch: str = "", warnings: str = "") -> Cubin:
+    """The kernels of a cubin or an object file."""
     code: dict[str, tuple[Instruction, ...]] = {}
-    for part in dump("-sass").split("Function : ")[1:]:
+    for part in cuobjdump(cubin, "-sass").split("Function : ")[1:]:
         symbol, _, body = part.partition("\n")
         lines = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+ )?(\S.*?) ?;", body)
         code[symbol.strip()] = tuple(Instruction(int(address, 16), text) for address, text in lines)
-    usage = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", dump("-res-usage"))
+    usage = re.findall(
+        r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", cuobjdump(cubin, "-res-usage")
+    )
     kernels = [
         Kernel(symbol, int(registers), int(stack), int(local), int(shared), code[symbol])
         for symbol, registers, stack, shared, local in usage

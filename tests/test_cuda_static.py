@@ -44,10 +44,12 @@ class Expected:
 
 WIDE = r"LDGSTS\.E(\.\w+)*\.128"
 HOPPER = {"UBLKCP": 1, "UTMALDG": 1}
+DECODE = {"HMMA": 32, "LDSM": 16, r"LDS\.128": 8, WIDE: 8}
 EXPECTED = {
     # Eight steps of weights are asked for at once; four products a step and eight tokens, whose x is two matrices.
     "decode": [
-        Expected("decode_kernel", {WIDE: 8}, {"HMMA": 32, "LDSM": 16, r"LDS\.128": 8, WIDE: 8}, threads=256, blocks=2)
+        Expected(r"decode_kernel.*ELi1ELi", {WIDE: 8}, DECODE, threads=256, blocks=3),
+        Expected(r"decode_kernel.*ELi2ELi", {WIDE: 8}, DECODE, threads=256, blocks=2),
     ],
     "gemm_sm80": [Expected("gemm_sm80_kernel", {WIDE: 6}, {WIDE: 1, "LDSM": 8, "HMMA": 32}, threads=128, blocks=2)],
     "gemm_sm90": [
@@ -148,6 +150,19 @@ def test_kernels(stem: str, arch: str, compiled: Callable[[Path, str], Cubin]) -
 
 def test_every_file_of_the_table_is_there() -> None:
     assert {*EXPECTED, *ARCHS} <= {path.stem for path in SOURCES.glob("*.cu")}
+
+
+def test_the_library_has_code_for_every_architecture_it_was_built_for() -> None:
+    """Machine code, and PTX where CMake was not told "-real": it becomes the code of later devices."""
+    path = _library.find(_library.CUDA_LIBRARY)
+    if path is None:
+        pytest.skip(f"{_library.CUDA_LIBRARY} was not built")
+    archs = _library.native().build_info()["cuda_architectures"].split()
+    assert archs
+    real = {arch.removesuffix("-real") for arch in archs if not arch.endswith("-virtual")}
+    assert set(re.findall(r"\.sm_(\w+)\.cubin", sass.cuobjdump(path, "-lelf"))) == real
+    virtual = {arch.removesuffix("-virtual") for arch in archs if not arch.endswith("-real")}
+    assert set(re.findall(r"\.sm_(\w+)\.ptx", sass.cuobjdump(path, "-lptx"))) == virtual
 
 
 # Shared memory of a multiprocessor, of which each block costs 1 KiB more: CUDA C++ Programming Guide, "Technical

@@ -124,7 +124,7 @@ def ring(plan: Plan) -> float:
 KERNELS = {
     # Eight copies of 16 bytes a lane; 818 instructions for eight steps, with 16 tokens 931.
     "decode": Kernel(
-        blocks=lambda plan: 2,
+        blocks=lambda plan: 3 if plan["tile"][1] <= 8 else 2,
         in_flight=lambda plan: 8 * 16 * plan["threads"],
         warps=lambda plan: plan["threads"] // 32,
         instructions=lambda plan: 88 + 14 * plan["tile"][1] / 8,
@@ -138,13 +138,13 @@ KERNELS = {
         instructions=lambda plan: (274 + 27.5 * plan["tile"][1] / 8) / 2,
         rate=lambda gpu: gpu.flops * gpu.mma_share,
     ),
-    # One strip a warp. 220 to 250 instructions with 128 tokens and more; 340 to 440 with fewer, some of which are for
-    # groups of less than a step: guessed, 100 and three of four multiplications of sums.
+    # One strip a warp. With no group of less than a step 126 to 139 instructions for 96 tokens and more; for fewer, in
+    # steps of 128 k, 186, 194 and 207.
     "gemm_sm90": Kernel(
         blocks=lambda plan: 2 if plan["tile"][1] <= 32 else 1,
-        in_flight=ring,
+        in_flight=lambda plan: ring(plan) * (2 if plan["tile"][1] <= 64 else 1),
         warps=lambda plan: plan["threads"] // 32 - 4,
-        instructions=lambda plan: 205 + plan["tile"][1] / 2 if plan["tile"][1] <= 64 else 235,
+        instructions=lambda plan: 90 + plan["tile"][1] / 4 if plan["tile"][1] <= 64 else 133,
         rate=lambda gpu: gpu.flops,
     ),
 }

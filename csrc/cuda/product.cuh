@@ -14,8 +14,8 @@
 
 namespace awq::cuda {
 
-/// Where the factors of one step lie in shared memory: depth by depth, each with the factors of a whole tile. Rows are
-/// 16 bytes longer than the tile, so that writing down a column meets half as many banks twice as without.
+/// Where the factors of one step lie in shared memory: depth by depth, each with the factors of a whole tile. Four
+/// words more than that, so that a warp that brings eight depths of four rows writes to 32 distinct banks.
 inline constexpr int kProductStride = kProductTile + 4;
 inline constexpr int kProductOperand = kProductDepth * kProductStride * 4;     // bytes
 inline constexpr int kProductShared = 2 * 2 * kProductOperand;                 // two operands, two steps

@@ -88,8 +88,8 @@ struct ClipArgs {
   AWQ_HOST_DEVICE std::int64_t items() const { return groups() * rows * candidates; }
 };
 
-// --- the order of work, where memory allows only a part of it at a time; each function given enqueues a step
-// -----------
+// --- the order of work -----------------------------------------------------------------------------------------------
+// Where memory allows only a part of it at a time. Each function given enqueues a step.
 
 template <class Add>
 void for_gram_rows(core::GramArgs rows, const Add& add) {

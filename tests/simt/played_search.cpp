@@ -1,7 +1,7 @@
 // The CUDA operators of csrc/ops/cuda_search.cpp, as they are, with kernels that are played: awq_played::search_scale
 // and so on, for tensors on a CPU. What this tests beyond test_search.cpp are the operators: which memory they ask for,
-// what they hand to which kernel, and in which order. Kernels may touch just the memory that an operator has asked torch
-// for, as much as it has asked for, and read none of it before it is written.
+// what they hand to which kernel, and in which order. Kernels may touch just the memory that an operator has asked
+// torch for, as much as it has asked for, and read none of it before it is written.
 #include <memory>
 #include <vector>
 
