@@ -7,9 +7,9 @@ watches every access to memory.
 from __future__ import annotations
 
 import copy
+import functools
 import sys
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import pytest
@@ -43,6 +43,11 @@ def run_played(name: str, *args: Any, **kwargs: Any) -> Any:
 
 @pytest.fixture(scope="session")
 def played() -> Run:
+    return load_played()
+
+
+@functools.cache
+def load_played() -> Run:
     """The operators torch.ops.awq_played.*, with the schemas of awq_ext's."""
     options = ["-DAWQ_OPS=ON", "-DAWQ_CUDA=OFF", f"-DPython_EXECUTABLE={sys.executable}"]
     test_cpp.compiler()
@@ -52,7 +57,7 @@ def played() -> Run:
         schema = str(getattr(torch.ops.awq_ext, name).default._schema)
         library.define(schema.removeprefix("awq_ext::"))
     torch.ops.load_library(str(BUILD / "tests" / "simt" / "libawq_played.so"))
-    return partial(run_with, library)
+    return functools.partial(run_with, library)
 
 
 def run_with(library: torch.library.Library, name: str, *args: Any, **kwargs: Any) -> Any:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from reference import random_weight
 from test_cuda import assert_multiplied
-from test_cuda_search import BUILD, Run, played  # noqa: F401  # a fixture
+from test_cuda_search import BUILD, load_played
 from test_fragments import arguments
 from torch import Tensor
 
@@ -27,7 +27,8 @@ Linear = Callable[..., tuple[Tensor, str]]
 
 
 @pytest.fixture(scope="session")
-def linear(played: Run) -> Linear:  # noqa: F811
+def linear() -> Linear:
+    searches = load_played()
     schemas = torch.library.Library("awq_played", "FRAGMENT")
     for name in ("linear", "dequantize", "quantize", "pack", "unpack", "repack"):
         schemas.define(str(getattr(torch.ops.awq_ext, name).default._schema).removeprefix("awq_ext::"))
@@ -35,7 +36,7 @@ def linear(played: Run) -> Linear:  # noqa: F811
     library.awq_played_kernel.restype = ctypes.c_char_p
 
     def run(x: Tensor, given: dict[str, Any], arch: int = 90, sms: int = 0) -> tuple[Tensor, str]:
-        assert schemas is not None and played is not None  # whoever can call the operators keeps their libraries
+        assert schemas is not None and searches is not None  # whoever can call the operators keeps their libraries
         library.awq_played_gpu(arch, sms)
         library.awq_played_kernel()
         y = torch.ops.awq_played.linear(x, **given)
