@@ -44,10 +44,12 @@ class Expected:
 
 WIDE = r"LDGSTS\.E(\.\w+)*\.128"
 HOPPER = {"UBLKCP": 1, "UTMALDG": 1}
+DECODE = {"HMMA": 32, "LDSM": 16, r"LDS\.128": 8, WIDE: 8}
 EXPECTED = {
     # Eight steps of weights are asked for at once; four products a step and eight tokens, whose x is two matrices.
     "decode": [
-        Expected("decode_kernel", {WIDE: 8}, {"HMMA": 32, "LDSM": 16, r"LDS\.128": 8, WIDE: 8}, threads=256, blocks=2)
+        Expected(r"decode_kernel.*ELi1ELi", {WIDE: 8}, DECODE, threads=256, blocks=3),
+        Expected(r"decode_kernel.*ELi2ELi", {WIDE: 8}, DECODE, threads=256, blocks=2),
     ],
     "gemm_sm80": [Expected("gemm_sm80_kernel", {WIDE: 6}, {WIDE: 1, "LDSM": 8, "HMMA": 32}, threads=128, blocks=2)],
     "gemm_sm90": [

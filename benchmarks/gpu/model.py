@@ -124,7 +124,7 @@ def ring(plan: Plan) -> float:
 KERNELS = {
     # Eight copies of 16 bytes a lane; 818 instructions for eight steps, with 16 tokens 931.
     "decode": Kernel(
-        blocks=lambda plan: 2,
+        blocks=lambda plan: 3 if plan["tile"][1] <= 8 else 2,
         in_flight=lambda plan: 8 * 16 * plan["threads"],
         warps=lambda plan: plan["threads"] // 32,
         instructions=lambda plan: 88 + 14 * plan["tile"][1] / 8,

@@ -161,7 +161,7 @@ AWQ_DEVICE void decode_finish(const core::LinearArgs& a, const DecodeCut& cut, c
   for (int tile = 0; tile < kTiles; ++tile)
     for (int i = 0; i < 4; ++i) {
       const int token = tile * 8 + lane % 4 * 2 + i % 2, row = share.strip * 16 + lane / 4 + i / 2 * 8;
-      if (token < m) ptx::store_shared(place(share.part, token, row), sum[tile][i]);
+      ptx::store_shared(place(share.part, token, row), sum[tile][i]);
     }
   ptx::sync_threads();
 

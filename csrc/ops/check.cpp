@@ -203,9 +203,6 @@ LinearShape check_linear(const Tensor& x, const Tensor& qweight, const Tensor& s
   STD_TORCH_CHECK(x.dim() >= 1 && x.size(x.dim() - 1) == w.k, "awq_ext::linear: x must be [..., in_features] = [..., ",
                   w.k, "], got ", describe(x));
   check_same_device("linear", x, "x", qweight, "qweight");
-  STD_TORCH_CHECK(layout != "fragments" || !x.is_cpu(), "awq_ext::linear: layout 'fragments' is for CUDA, got qweight ",
-                  describe(qweight), "; repack qweight and qzeros to 'strips' or 'gemm', and scales too ",
-                  "(awq_ext.layouts.repack_scales)");
   if (bias) {
     expect_float("linear", "bias", *bias, {w.n}, "[out_features]");
     check_same_device("linear", x, "x", *bias, "bias");

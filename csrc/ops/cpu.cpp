@@ -59,6 +59,9 @@ void run_strips(const Tensor& x, const core::LinearArgs& args, const core::Linea
 Tensor linear(const Tensor& x, const Tensor& qweight, const Tensor& scales, OptionalTensor qzeros, OptionalTensor bias,
               std::int64_t group_size, std::string layout, std::string activation) {
   const LinearShape shape = check_linear(x, qweight, scales, qzeros, bias, group_size, layout, activation);
+  STD_TORCH_CHECK(layout != "fragments", "awq_ext::linear: layout 'fragments' is for CUDA, got qweight ",
+                  describe(qweight), "; repack qweight and qzeros to 'strips' or 'gemm', and scales too ",
+                  "(awq_ext.layouts.repack_scales)");
   const auto [n, k, group, groups] = shape.w;
   Tensor y = new_empty(x, output_sizes(x, n));
   if (shape.m == 0 || n == 0) return y;
