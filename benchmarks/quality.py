@@ -62,7 +62,7 @@ def quantized(args: argparse.Namespace, method: str, seed: int) -> tuple[Any, di
 def versions(args: argparse.Namespace) -> Iterator[tuple[str, Any, dict[str, Any]]]:
     """Name, model and what there is to say about it, one at a time; first the peers', which may have a wrong path."""
     for name, _, path in (peer.partition("=") for peer in args.peer):
-        yield name, load_quantized(path, dtype=torch.float32), {"checkpoint": Path(path).name}
+        yield name, load_any(path, torch.float32)[0], {"checkpoint": Path(path).name}
     for method in args.methods:
         for seed in args.seeds if method != "rtn" else args.seeds[:1]:
             yield method, *quantized(args, method, seed)

@@ -2,10 +2,14 @@
 
     VENV/bin/python benchmarks/peers/run.py PEER MODEL OUT --windows IDS.npy --group-size 64
 
-IDS.npy has the calibration tokens, int64 [samples, seq_len]; every peer gets the same and is left at its defaults: 4
-bits, asymmetric. Prints one line of JSON at the end: seconds and peak memory of the quantization, and versions. A peer
-has the model in memory before and writes it after; our seconds go from a directory to a directory. What a package
-cannot do on a CPU as it is, is mended here, and said.
+IDS.npy has the calibration tokens, int64 [samples, seq_len]; every peer gets the same and is left at its defaults,
+asymmetric. Prints one line of JSON at the end: seconds and peak memory of the quantization, and versions. A peer has
+the model in memory before and writes it after; our seconds go from a directory to a directory. What a package cannot do
+on a CPU as it is, is mended here, and said.
+
+Other numbers of bits than 4 are for comparing methods, not for use: the checkpoint is that of a model that is not
+quantized, in float32, with weights that the codes stand for. AutoAWQ searches and rounds to any number of bits, but
+packs 4 only, so its packing is left out there.
 """
 
 from __future__ import annotations
@@ -18,7 +22,7 @@ import shutil
 import tempfile
 import textwrap
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -39,8 +43,17 @@ def ours(args: argparse.Namespace, rows: list[list[int]]) -> Steps:
     ids = torch.tensor(rows)
     data = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     options = {"samples": len(rows), "seq_len": len(rows[0]), "q_group_size": args.group_size}
-    options |= {"method": args.peer.removeprefix(OURS), "out": args.out, "load": False}
-    return lambda: quantize(args.model, calibration=data, **options), lambda: None, ["transformers"]
+    options |= {"calibration": data, "method": args.peer.removeprefix(OURS)}
+    if args.bits == 4:
+        return lambda: quantize(args.model, out=args.out, load=False, **options), lambda: None, ["transformers"]
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
+    return (
+        lambda: quantize(model, w_bit=args.bits, **options),
+        lambda: model.save_pretrained(args.out),
+        ["transformers"],
+    )
 
 
 def autoawq(args: argparse.Namespace, rows: list[list[int]]) -> Steps:
@@ -69,13 +82,30 @@ def autoawq(args: argparse.Namespace, rows: list[list[int]]) -> Steps:
     def quantize() -> None:
         model.quantize(
             None,
-            quant_config={"zero_point": True, "q_group_size": args.group_size, "w_bit": 4, "version": "GEMM"},
+            quant_config={"zero_point": True, "q_group_size": args.group_size, "w_bit": args.bits, "version": "GEMM"},
             calib_data=rows,
             max_calib_samples=len(rows),
             max_calib_seq_len=len(rows[0]),
         )
 
-    return quantize, lambda: model.save_quantized(args.out, safetensors=True), ["autoawq", "transformers"]
+    def simulate(self: Any, _: Any, linears: dict[str, torch.nn.Linear]) -> None:
+        for linear in linears.values():  # rounded in float16, as those that it packs
+            linear.weight.data = self.pseudo_quantize_tensor(linear.weight.data.half())[0].float()
+
+    packages = ["autoawq", "transformers"]
+    if args.bits == 4:
+        return quantize, lambda: model.save_quantized(args.out, safetensors=True), packages
+    quantizer.AwqQuantizer._apply_quant = simulate
+    return quantize, lambda: model.model.save_pretrained(args.out), packages
+
+
+def save_floats(args: argparse.Namespace, weights: Mapping[str, torch.Tensor]) -> None:
+    """The model with weights that stand for codes."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
+    model.load_state_dict({name: weights[name] for name in model.state_dict()})
+    model.save_pretrained(args.out)
 
 
 def gptqmodel(args: argparse.Namespace, rows: list[list[int]]) -> Steps:
@@ -83,18 +113,23 @@ def gptqmodel(args: argparse.Namespace, rows: list[list[int]]) -> Steps:
     from gptqmodel import BACKEND, GPTQModel
     from gptqmodel.quantization.config import FORMAT, AWQConfig, GPTQConfig
 
-    options: dict[str, Any] = {"bits": 4, "group_size": args.group_size, "sym": False}
+    options: dict[str, Any] = {"bits": args.bits, "group_size": args.group_size, "sym": False}
     if args.peer == "gptqmodel-awq":
         config, backend = AWQConfig(format=FORMAT.GEMM, **options), BACKEND.AWQ_TORCH
     else:
         config, backend = GPTQConfig(format=FORMAT.GPTQ, desc_act=False, **options), BACKEND.AUTO
     model = GPTQModel.load(args.model, config, device="cpu")
     data = [{"input_ids": row, "attention_mask": [1] * len(row)} for row in rows]
-    return (
-        lambda: model.quantize(data, batch_size=8, backend=backend),
-        lambda: model.save(args.out),
-        ["gptqmodel", "transformers"],
-    )
+
+    def save() -> None:
+        if args.bits == 4:
+            model.save(args.out)
+        else:
+            packed = {name: m for name, m in model.model.named_modules() if hasattr(m, "dequantize_weight")}
+            weights = {f"{name}.weight": m.dequantize_weight().t() for name, m in packed.items()}
+            save_floats(args, model.model.state_dict() | weights)
+
+    return lambda: model.quantize(data, batch_size=8, backend=backend), save, ["gptqmodel", "transformers"]
 
 
 def llmcompressor(args: argparse.Namespace, rows: list[list[int]]) -> Steps:
@@ -106,18 +141,23 @@ def llmcompressor(args: argparse.Namespace, rows: list[list[int]]) -> Steps:
     from transformers import AutoModelForCausalLM
 
     cache.IntermediatesCache.pin_memory = lambda self, batch_index: None  # torch without CUDA cannot pin memory
-    weights = {"num_bits": 4, "type": "int", "symmetric": False, "strategy": "group", "group_size": args.group_size}
+    weights: dict[str, Any] = {"num_bits": args.bits, "type": "int", "symmetric": False}
+    weights |= {"strategy": "group", "group_size": args.group_size}
     scheme = {"config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}}, "ignore": ["lm_head"]}
     awq = [AWQModifier(duo_scaling=True), QuantizationModifier(**scheme)]
     recipe = awq if args.peer == "llmcompressor-awq" else [GPTQModifier(**scheme)]
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
     data = Dataset.from_dict({"input_ids": rows, "attention_mask": [[1] * len(row) for row in rows]})
     options = {"max_seq_length": len(rows[0]), "num_calibration_samples": len(rows)}
-    return (
-        lambda: oneshot(model=model, dataset=data, recipe=recipe, **options),
-        lambda: model.save_pretrained(args.out, save_compressed=True),
-        ["llmcompressor", "transformers"],
-    )
+
+    def save() -> None:
+        if args.bits == 4:
+            model.save_pretrained(args.out, save_compressed=True)
+        else:  # it keeps what the codes stand for, and packs when it saves
+            save_floats(args, model.state_dict())
+
+    run = lambda: oneshot(model=model, dataset=data, recipe=recipe, **options)  # noqa: E731
+    return run, save, ["llmcompressor", "transformers"]
 
 
 def autoround(args: argparse.Namespace, rows: list[list[int]]) -> Steps:
@@ -152,6 +192,9 @@ PEERS = {
     "autoround": autoround,
 }
 
+ANY_BITS = ("autoawq", "gptqmodel-gptq", "llmcompressor-gptq")
+"""Of other numbers of bits than 4, too."""
+
 
 def peak_mib() -> float:
     """Of this process. Its ru_maxrss would be the launcher's, if that was larger before the exec."""
@@ -166,8 +209,11 @@ def main() -> None:
     parser.add_argument("out")
     parser.add_argument("--windows", required=True, metavar="IDS.npy")
     parser.add_argument("--group-size", type=int, default=128)
+    parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
+    if args.bits != 4 and args.peer not in ANY_BITS and not args.peer.startswith(OURS):
+        parser.error(f"{args.peer} is run with 4 bits only")
     torch.set_num_threads(args.threads)
     quantize, save, packages = PEERS.get(args.peer, ours)(args, np.load(args.windows).tolist())
     start = time.perf_counter()

@@ -263,7 +263,8 @@ template <int kCount>
 AWQ_DEVICE void wgmma_settle(float (&d)[kCount], Where where = Where::current()) {
   simt::wgmma_settle(d, where);
 }
-/// That a was not written too early is checked when the wgmma ends.
-AWQ_DEVICE void wgmma_settle(const std::uint32_t (&)[4], Shared) {}
+AWQ_DEVICE void wgmma_settle(const std::uint32_t (&a)[4], Shared, Where where = Where::current()) {
+  simt::wgmma_settle_a(a, where);
+}
 
 }  // namespace awq::cuda::ptx

@@ -312,6 +312,7 @@ enum class ProductFault {
   early_read,            // of d
   early_change,          // of d
   no_settle,
+  early_settle,  // of a
   no_commit,
   no_wait,
   divergent_b,
@@ -347,6 +348,7 @@ void product(const std::uint32_t* a, const std::uint32_t* b, float* y, ProductFa
     ptx::wgmma<kType, kColumns>(d, fragments[step % 2], ptx::wgmma_descriptor(from), step != 0);
     if (fault != ProductFault::no_commit) ptx::wgmma_commit();
     if (fault == ProductFault::early_read) ptx::wgmma_settle(d);
+    if (fault == ProductFault::early_settle) ptx::wgmma_settle(fragments[step % 2], start);
     if (step == 7) break;
     if (fault == ProductFault::early_write) load_a(step + 2 < 8 ? step + 2 : 0);
     ptx::wgmma_wait<1>();
@@ -388,6 +390,7 @@ void check_product() {
   REQUIRE(contains(error(ProductFault::no_fence_after_write), "a was written after the last wgmma_fence"));
   REQUIRE(contains(error(ProductFault::early_write), "a was written before the wgmma that reads it"));
   REQUIRE(contains(error(ProductFault::early_read), "wgmma_settle"));
+  REQUIRE(contains(error(ProductFault::early_settle), "still reads"));
   run_seeds(kLaunch, play(ProductFault::no_settle));  // what it stores is not a number
   REQUIRE(contains(error(ProductFault::early_change), "thread 77"));
   REQUIRE(contains(error(ProductFault::early_change), "d was written before it was waited for"));

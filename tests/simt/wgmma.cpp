@@ -309,6 +309,15 @@ void wgmma_settle(float* d, Where where) {
   if (sum.settled.all()) sums.erase(found);
 }
 
+void wgmma_settle_a(const std::uint32_t* a, Where where) {
+  const Thread& self = *current;
+  const auto w = static_cast<std::size_t>(self.warp->index), i = static_cast<std::size_t>(self.index) % 128;
+  if (w / 4 >= self.block->groups.size()) return;
+  for (const auto& product : self.block->groups[w / 4].products)
+    if (!product->done[w % 4] && product->a[i] == a)
+      fail(where, "wgmma_settle of an a which a wgmma that was not waited for still reads: " + place(product->where));
+}
+
 void end_products(const Thread& t) {
   const auto w = static_cast<std::size_t>(t.warp->index);
   if (w / 4 >= t.block->groups.size()) return;

@@ -57,6 +57,8 @@ void wgmma_commit(Where where);
 void wgmma_wait(int pending, Where where);
 /// The thread's d gets its values.
 void wgmma_settle(float* d, Where where);
+/// The thread may write a from now on: throws if it is still read.
+void wgmma_settle_a(const std::uint32_t* a, Where where);
 /// Throws if the thread has not waited for all of its wgmma.
 void end_products(const Thread& t);
 
