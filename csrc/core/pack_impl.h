@@ -43,7 +43,7 @@ struct Area {
   std::int64_t stride, rows, bytes;
 };
 
-// --- memory latency --------------------------------------------------------------------------------------------------
+// --- memory latency -------------------------------------------------------------------------------------------------
 
 /// The cache lines of an area that have not been asked for yet.
 struct Lines {
@@ -103,7 +103,7 @@ class Ahead {
   std::int64_t read_pace_, write_pace_;
 };
 
-// --- steps of rearranging --------------------------------------------------------------------------------------------
+// --- steps of rearranging -------------------------------------------------------------------------------------------
 
 inline Words* vector_at(Tile& tile, int row, int word) { return reinterpret_cast<Words*>(&tile.row[row][word]); }
 
@@ -174,7 +174,7 @@ inline void for_vectors(Tile& tile, Ahead& ahead, F f) {
   }
 }
 
-// --- rearranging to rows and back, per order -------------------------------------------------------------------------
+// --- rearranging to rows and back, per order ------------------------------------------------------------------------
 
 /// Words that hold eight codes along n, as [k][n / 8]: after the nibbles are transposed, row 8 w + r holds for row r of
 /// each eight the codes of word w, and it is left to transpose [w][n / 8].
@@ -336,7 +336,7 @@ inline void rows_to_fragments(Tile& tile, Ahead& ahead) {
   swap_rows_and_nibbles(tile, ahead);
 }
 
-// --- words in memory -------------------------------------------------------------------------------------------------
+// --- words in memory ------------------------------------------------------------------------------------------------
 
 /// Where the pieces of an area go in a tile, such that it can be rearranged in place.
 enum class Placing {
@@ -501,7 +501,7 @@ struct Packed {
   }
 };
 
-// --- one code a byte -------------------------------------------------------------------------------------------------
+// --- one code a byte ------------------------------------------------------------------------------------------------
 
 /// Sixteen bits hold two codes, 8 bits apart: the codes in the lower 8 bits.
 inline HalfBytes join_codes(Words codes) {
@@ -576,7 +576,7 @@ struct ByteTarget {
   }
 };
 
-// --- tile after tile -------------------------------------------------------------------------------------------------
+// --- tile after tile ------------------------------------------------------------------------------------------------
 
 /// Moves the tiles of the blocks [begin, end) along `axis`. Four blocks go together, tile by tile of each in turn:
 /// tiles side by side across the blocks lie in the same pages of memory, which a CPU remembers only so many of.

@@ -45,7 +45,7 @@ AWQ_HOST_DEVICE inline float load_float(const void* data, std::int64_t i) {
   return core::load_as<float>(data, kType, i);
 }
 
-// --- pack, unpack, repack: codes or words -> a square tile of codes in shared memory -> words or codes ---------------
+// --- pack, unpack, repack: codes or words -> a square tile of codes in shared memory -> words or codes --------------
 // Both sides read and write neighbouring addresses; only the shared tile is walked across its grain. Every layout's
 // own tiles fit into the square one a whole number of times.
 
@@ -141,7 +141,7 @@ struct WriteWords {
   }
 };
 
-// --- quantize: one warp a group --------------------------------------------------------------------------------------
+// --- quantize: one warp a group -------------------------------------------------------------------------------------
 
 /// What a group's parameters are computed from. Minimum and maximum do not depend on the order of the values, nor does
 /// whether poison is NaN, so lanes may see them in any.
@@ -192,7 +192,7 @@ AWQ_HOST_DEVICE inline void write_group(const core::QuantizeArgs& a, std::int64_
   a.zeros[group] = static_cast<std::uint8_t>(p.zero);
 }
 
-// --- dequantize: gemm layout -> W [n, k] -----------------------------------------------------------------------------
+// --- dequantize: gemm layout -> W [n, k] ----------------------------------------------------------------------------
 // A thread turns one word of eight rows k0 .. k0+7 into an 8 x 8 block of W: the transposition happens in registers. Of
 // a warp's lanes eight lie along the words and four along k, so that each load touches whole 32-byte sectors and each
 // store 16-byte pieces that are adjacent across lanes, whole sectors again. Four warps along the words then use whole

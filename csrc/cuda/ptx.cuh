@@ -45,7 +45,7 @@ AWQ_HOST_DEVICE inline std::uint64_t wgmma_descriptor(Shared start) {
 
 namespace awq::cuda::ptx {
 
-// --- threads ---------------------------------------------------------------------------------------------------------
+// --- threads --------------------------------------------------------------------------------------------------------
 
 AWQ_DEVICE int thread() { return static_cast<int>(threadIdx.x); }
 AWQ_DEVICE std::int64_t block_x() { return blockIdx.x; }
@@ -73,7 +73,7 @@ AWQ_DEVICE T shuffle_xor(T value, int mask) {
 }
 AWQ_DEVICE std::uint32_t ballot(bool vote) { return __ballot_sync(~0u, vote); }
 
-// --- global memory: T of 1, 2, 4, 8 or 16 bytes, aligned to its size ---------------------------------------------------
+// --- global memory: T of 1, 2, 4, 8 or 16 bytes, aligned to its size ------------------------------------------------
 
 /// Read by nobody else and not again: leaves no trace in the first cache. Memory that no kernel in flight writes.
 template <class T>
@@ -111,7 +111,7 @@ AWQ_DEVICE void store(T* p, T value) {
   *p = value;
 }
 
-// --- shared memory: T of 2, 4, 8 or 16 bytes, aligned to its size -------------------------------------------------------
+// --- shared memory: T of 2, 4, 8 or 16 bytes, aligned to its size ---------------------------------------------------
 
 /// Start of the block's dynamic shared memory, a multiple of 1024.
 AWQ_DEVICE Shared dynamic_shared() {
@@ -161,7 +161,7 @@ AWQ_DEVICE void store_shared(Shared a, T value) {
   }
 }
 
-// --- matrices of 8 x 8 halves in shared memory --------------------------------------------------------------------------
+// --- matrices of 8 x 8 halves in shared memory ----------------------------------------------------------------------
 
 /// Lane i gives the address of row i % 8 of matrix i / 8 (16 bytes, aligned; lanes beyond the last matrix: anything
 /// valid), and gets of each matrix the pair of elements 2 (lane % 4) of row lane / 4. sm_75.
@@ -178,7 +178,7 @@ AWQ_DEVICE void load_matrices(std::uint32_t (&r)[2], Shared row) {
                : "memory");
 }
 
-// --- asynchronous copies of 16 bytes, sm_80 ------------------------------------------------------------------------------
+// --- asynchronous copies of 16 bytes, sm_80 -------------------------------------------------------------------------
 
 /// Copies `bytes` (0 .. 16) and fills the rest of the 16 with zeros. `from` is 16-byte aligned even if bytes is 0.
 /// Before sm_80: at once.
@@ -191,8 +191,7 @@ AWQ_DEVICE void copy_async(Shared to, const void* from, int bytes) {
     v = load(static_cast<const Vector*>(from));
   else
     for (int i = 0; i < 16; ++i)
-      if (i < bytes)
-        v.word[i / 4] |= std::uint32_t{load(static_cast<const std::uint8_t*>(from) + i)} << (i % 4 * 8);
+      if (i < bytes) v.word[i / 4] |= std::uint32_t{load(static_cast<const std::uint8_t*>(from) + i)} << (i % 4 * 8);
   store_shared(to, v);
 #endif
 }
@@ -209,7 +208,7 @@ AWQ_DEVICE void copy_async_wait() {
 #endif
 }
 
-// --- barriers in shared memory (mbarrier) and bulk copies, sm_90 -----------------------------------------------------------
+// --- barriers in shared memory (mbarrier) and bulk copies, sm_90 ----------------------------------------------------
 
 /// A barrier is 8 bytes, aligned. One thread initialises it; fence_barriers and a barrier of all threads (cluster_sync,
 /// if other blocks or copies touch it) come before its first use.
@@ -265,8 +264,8 @@ AWQ_DEVICE void copy_bulk(Shared to, const void* from, std::uint32_t bytes, Shar
   std::uint64_t policy;
   asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
   asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(
-          to),
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::
+          "r"(to),
       "l"(from), "r"(bytes), "r"(barrier), "l"(policy)
       : "memory");
 #endif
@@ -304,7 +303,7 @@ AWQ_DEVICE void fence_async() {
 #endif
 }
 
-// --- clusters of blocks, sm_90 ----------------------------------------------------------------------------------------------
+// --- clusters of blocks, sm_90 --------------------------------------------------------------------------------------
 
 AWQ_DEVICE int cluster_rank() {
 #if __CUDA_ARCH__ >= 900
@@ -339,10 +338,11 @@ AWQ_DEVICE T load_cluster(Shared a, int rank) {
         : "r"(a), "r"(rank)
         : "memory");
   else
-    asm volatile("{\n.reg .b32 remote;\nmapa.shared::cluster.u32 remote, %1, %2;\nld.shared::cluster.u32 %0, [remote];\n}"
-                 : "=r"(v.word[0])
-                 : "r"(a), "r"(rank)
-                 : "memory");
+    asm volatile(
+        "{\n.reg .b32 remote;\nmapa.shared::cluster.u32 remote, %1, %2;\nld.shared::cluster.u32 %0, [remote];\n}"
+        : "=r"(v.word[0])
+        : "r"(a), "r"(rank)
+        : "memory");
 #endif
   if constexpr (sizeof(T) == 16)
     return std::bit_cast<T>(v);
@@ -350,7 +350,7 @@ AWQ_DEVICE T load_cluster(Shared a, int rank) {
     return std::bit_cast<T>(v.word[0]);
 }
 
-// --- the grid and its neighbours in the stream, sm_90 -------------------------------------------------------------------------
+// --- the grid and its neighbours in the stream, sm_90 ---------------------------------------------------------------
 
 /// Until the kernels before this one in the stream have ended, and their writes are seen. Nothing to do if the launch
 /// did not ask to start before that.
@@ -365,7 +365,7 @@ AWQ_DEVICE void let_next_kernel_start() {
 #endif
 }
 
-// --- registers ------------------------------------------------------------------------------------------------------------------
+// --- registers ------------------------------------------------------------------------------------------------------
 
 /// All warps of a warp group (four) give up registers above, or take registers up to, kCount (24 .. 256, of eights).
 template <int kCount>
@@ -381,7 +381,7 @@ AWQ_DEVICE void take_registers() {
 #endif
 }
 
-// --- bits ---------------------------------------------------------------------------------------------------------------
+// --- bits -----------------------------------------------------------------------------------------------------------
 
 /// (bits & mask) | with: one instruction (lop3 with the table of that function), where a compiler may take two.
 AWQ_DEVICE std::uint32_t select_or(std::uint32_t bits, std::uint32_t mask, std::uint32_t with) {
@@ -390,7 +390,7 @@ AWQ_DEVICE std::uint32_t select_or(std::uint32_t bits, std::uint32_t mask, std::
   return d;
 }
 
-// --- arithmetic on pairs of 16-bit floats in a word ---------------------------------------------------------------------------------
+// --- arithmetic on pairs of 16-bit floats in a word -----------------------------------------------------------------
 
 template <DType kType>
 AWQ_DEVICE std::uint32_t sub_pair(std::uint32_t a, std::uint32_t b) {
@@ -450,7 +450,7 @@ AWQ_DEVICE float to_float(std::uint16_t bits) {
   }
 }
 
-// --- matrix units ------------------------------------------------------------------------------------------------------------------
+// --- matrix units ---------------------------------------------------------------------------------------------------
 
 /// d += a b, by the 32 lanes of a warp: a 16 x 16, b 16 x 8, d 16 x 8 float. With r = lane / 4, t = lane % 4: a[0..3]
 /// are the pairs (r, 2t), (r + 8, 2t), (r, 2t + 8), (r + 8, 2t + 8) of rows of a; b[0..1] the pairs of rows 2t, 2t + 8
@@ -481,7 +481,7 @@ AWQ_DEVICE void mma(float (&d)[4], const std::uint32_t (&a)[4], const std::uint3
 #endif
 }
 
-// --- matrix units for a warp group of four warps, sm_90a ------------------------------------------------------------------------------
+// --- matrix units for a warp group of four warps, sm_90a ------------------------------------------------------------
 
 /// Before the first wgmma, and wherever registers that one reads have been written since: a and d are ready.
 AWQ_DEVICE void wgmma_fence() {

@@ -143,7 +143,7 @@ AWQ_DEVICE void candidates_body(const CandidateArgs& a) {
   }
 }
 
-// --- losses of candidates -----------------------------------------------------------------------------------------
+// --- losses of candidates -------------------------------------------------------------------------------------------
 
 /// core's quantization_error for one item, by one warp.
 AWQ_DEVICE void scale_error_body(const ScaleErrorArgs& a) {

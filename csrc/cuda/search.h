@@ -88,7 +88,7 @@ struct ClipArgs {
   AWQ_HOST_DEVICE std::int64_t items() const { return groups() * rows * candidates; }
 };
 
-// --- the order of work -----------------------------------------------------------------------------------------------
+// --- the order of work ----------------------------------------------------------------------------------------------
 // Where memory allows only a part of it at a time. Each function given enqueues a step.
 
 template <class Add>

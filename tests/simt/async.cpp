@@ -47,8 +47,7 @@ void copy_async_wait(int pending, Where where) {
   self.copies.erase(self.copies.begin(), self.copies.begin() + static_cast<std::ptrdiff_t>(done));
 }
 
-// --- bulk copies, which a barrier waits for
-// ---------------------------------------------------------------------------
+// --- bulk copies, which a barrier waits for -------------------------------------------------------------------------
 
 namespace {
 

@@ -45,7 +45,7 @@ std::uint64_t Machine::random(std::uint64_t below) {
   return (z ^ (z >> 31)) % below;
 }
 
-// --- who runs --------------------------------------------------------------------------------------------------------
+// --- who runs -------------------------------------------------------------------------------------------------------
 
 void Machine::ready(Thread& t) {
   Warp& w = *t.warp;
@@ -179,7 +179,7 @@ void Machine::deadlock() {
   throw Error(text);
 }
 
-// --- a launch --------------------------------------------------------------------------------------------------------
+// --- a launch -------------------------------------------------------------------------------------------------------
 
 void Machine::start_cluster(std::int64_t x, std::int64_t y) {
   const auto threads = static_cast<std::size_t>(launch.threads), warps = threads / kLanes;
@@ -295,7 +295,7 @@ void run(const Launch& launch, const Options& options, const std::function<void(
   machine.run(launch, options, body);
 }
 
-// --- what threads do together ----------------------------------------------------------------------------------------
+// --- what threads do together ---------------------------------------------------------------------------------------
 
 void together(const Site& site, void* slot, bool (*action)(Warp&)) {
   Thread& self = *current;

@@ -14,7 +14,7 @@ namespace awq::cuda::ptx {
 
 using simt::Where;
 
-// --- threads ---------------------------------------------------------------------------------------------------------
+// --- threads --------------------------------------------------------------------------------------------------------
 
 AWQ_DEVICE int thread() { return simt::current->index; }
 AWQ_DEVICE std::int64_t block_x() { return simt::current->block->x; }
@@ -72,8 +72,7 @@ AWQ_DEVICE std::uint32_t ballot(bool vote, Where where = Where::current()) {
   return mine.result;
 }
 
-// --- global memory
-// -----------------------------------------------------------------------------------------------------
+// --- global memory --------------------------------------------------------------------------------------------------
 
 template <class T>
 AWQ_DEVICE T load_once(const T* p, Where where = Where::current()) {
@@ -97,8 +96,7 @@ AWQ_DEVICE void store(T* p, T value, Where where = Where::current()) {
   *p = value;
 }
 
-// --- shared memory
-// -----------------------------------------------------------------------------------------------------
+// --- shared memory --------------------------------------------------------------------------------------------------
 
 AWQ_DEVICE Shared dynamic_shared() { return simt::SharedMemory::kStart; }
 
@@ -122,8 +120,7 @@ AWQ_DEVICE void load_matrices(std::uint32_t (&r)[2], Shared row, Where where = W
   simt::load_matrices(r, 2, row, where);
 }
 
-// --- asynchronous copies of 16 bytes
-// -----------------------------------------------------------------------------------
+// --- asynchronous copies of 16 bytes --------------------------------------------------------------------------------
 
 AWQ_DEVICE void copy_async(Shared to, const void* from, int bytes, Where where = Where::current()) {
   simt::copy_async(to, from, bytes, where);
@@ -135,8 +132,7 @@ AWQ_DEVICE void copy_async_wait(Where where = Where::current()) {
   simt::copy_async_wait(kPending, where);
 }
 
-// --- barriers in shared memory, bulk copies
-// ------------------------------------------------------------------------------
+// --- barriers in shared memory, bulk copies -------------------------------------------------------------------------
 
 AWQ_DEVICE void barrier_init(Shared barrier, int arrivals, Where where = Where::current()) {
   simt::barrier_init(barrier, arrivals, where);
@@ -172,8 +168,7 @@ AWQ_DEVICE void prefetch_tensor_map(const TensorMap* map, Where where = Where::c
 }
 AWQ_DEVICE void fence_async() { simt::fence_async(); }
 
-// --- clusters of blocks, the grid and its neighbours, registers
-// ------------------------------------------------------------
+// --- clusters of blocks, the grid and its neighbours, registers -----------------------------------------------------
 
 AWQ_DEVICE int cluster_rank() { return simt::current->block->rank; }
 AWQ_DEVICE void cluster_arrive(Where where = Where::current()) { simt::cluster_arrive(where); }
@@ -198,15 +193,13 @@ AWQ_DEVICE void take_registers(Where where = Where::current()) {
   simt::change_registers(kCount, true, where);
 }
 
-// --- bits
-// ----------------------------------------------------------------------------------------------------------------
+// --- bits -----------------------------------------------------------------------------------------------------------
 
 AWQ_DEVICE std::uint32_t select_or(std::uint32_t bits, std::uint32_t mask, std::uint32_t with) {
   return (bits & mask) | with;
 }
 
-// --- arithmetic on pairs of 16-bit floats in a word
-// ----------------------------------------------------------------------
+// --- arithmetic on pairs of 16-bit floats in a word -----------------------------------------------------------------
 
 template <DType kType>
 AWQ_DEVICE float to_float(std::uint16_t bits) {
@@ -232,8 +225,7 @@ AWQ_DEVICE std::uint32_t mul_pair(std::uint32_t a, std::uint32_t b) {
   return simt::each_half<kType>(a, b, [](double x, double y) { return x * y; });
 }
 
-// --- matrix units
-// --------------------------------------------------------------------------------------------------------
+// --- matrix units ---------------------------------------------------------------------------------------------------
 
 template <DType kType>
 AWQ_DEVICE void mma(float (&d)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2],
@@ -242,8 +234,7 @@ AWQ_DEVICE void mma(float (&d)[4], const std::uint32_t (&a)[4], const std::uint3
   simt::mma(kType, d, a, b, where);
 }
 
-// --- matrix units for a warp group
-// -----------------------------------------------------------------------------------------
+// --- matrix units for a warp group ----------------------------------------------------------------------------------
 
 AWQ_DEVICE void wgmma_fence(Where where = Where::current()) { simt::wgmma_fence(where); }
 AWQ_DEVICE void wgmma_commit(Where where = Where::current()) { simt::wgmma_commit(where); }

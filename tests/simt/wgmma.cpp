@@ -11,8 +11,7 @@
 
 namespace simt {
 
-// --- what a thread's arrays held
-// ---------------------------------------------------------------------------------------
+// --- what a thread's arrays held ------------------------------------------------------------------------------------
 
 /// Reads between arrays, too, where AddressSanitizer lets nobody look; volatile, so that this does not become memcpy.
 __attribute__((no_sanitize("address"))) void Image::take(const char* from, const char* end) {
@@ -38,8 +37,7 @@ void Image::update(const void* p, std::size_t size) {
   if (holds(p, size)) std::memcpy(bytes.data() + (static_cast<const char*>(p) - start), p, size);
 }
 
-// --- wgmma
-// -------------------------------------------------------------------------------------------------------------
+// --- wgmma ----------------------------------------------------------------------------------------------------------
 
 namespace {
 
@@ -325,8 +323,7 @@ void end_products(const Thread& t) {
     if (!product->done[w % 4]) fail(product->where, "the thread ends before it has waited for this wgmma");
 }
 
-// --- registers
-// -----------------------------------------------------------------------------------------------------------
+// --- registers ------------------------------------------------------------------------------------------------------
 
 namespace {
 
