@@ -19,7 +19,7 @@ from awq_ext.measure import Codes, Measured, dequantize
 from awq_ext.memory import give_back
 from awq_ext.report import FoldReport, LinearReport, UnscaledReport
 from awq_ext.scaled import may_be_scaled
-from awq_ext.search import search_scale
+from awq_ext.search import search_scale, unpredicted
 from awq_ext.swap import as_linear
 from awq_ext.trace import Traced, prove, trace
 
@@ -263,10 +263,13 @@ class _Work:
         readers, shared = [self.linears[name] for name in names], self.reads[names[0]]
         weight = torch.cat([reader.weight for reader in readers]).cpu()
         row_weight = torch.cat([self.sensitivity[name] for name in names])
+        gram = shared.gram
+        if self.settings.method in COMPENSATING:
+            gram = unpredicted(gram, RIDGE * len(gram) / shared.tokens)
         scale, best, rtn, loss = search_scale(
             weight,
             shared.x_mean,
-            shared.gram,
+            gram,
             row_weight,
             grid=GRID,
             duo_scaling=self.settings.duo_scaling,
@@ -340,11 +343,13 @@ class _Work:
             gram = _with_ridge(self.reads[name].gram, self.reads[name].tokens)
         weight = self.linears[name].weight.detach().cpu()
         wanted = weight if correction is None else torch.addmm(weight, weight, correction.T)
+        together = self.settings.method in COMPENSATING
         range = None
         if gram is not None and self.settings.apply_clip:
-            range = ops.search_clip(wanted, gram, **self.rounding)
+            # Errors that are made up for do not add up as the inputs of a group do.
+            range = ops.search_clip(wanted, torch.diag(gram.diagonal()) if together else gram, **self.rounding)
         codes = nearest = self._round(name, range)
-        if gram is not None and self.settings.method in COMPENSATING:
+        if gram is not None and together:
             codes = ops.quantize_compensated(wanted, gram, range=range, **self.rounding)
         if name in self.reads:
             read, last = self.reads[name], 2**self.settings.w_bit - 1

@@ -87,9 +87,9 @@ def quantize(
         zero_point: asymmetric codes (AutoAWQ's default). False: every zero is in the middle of the codes.
         modules_to_not_convert: parts of names; linears whose full name contains one are not quantized. They still get
             their part of a scale that is moved out of what they read.
-        method: ``"awq"``: scales and clipped ranges are searched, weights rounded to nearest. ``"awq+"``: the same
-            scales, but the codes of a weight are chosen together, linear after linear, each for the inputs that the
-            linears rounded before it produce (see :func:`awq_ext.ops.quantize_compensated`). ``"gptq"``: that
+        method: ``"awq"``: scales and clipped ranges are searched, weights rounded to nearest. ``"awq+"``: the codes of
+            a weight are chosen together, linear after linear, each for the inputs that the linears rounded before it
+            produce (see :func:`awq_ext.ops.quantize_compensated`), and scales for such codes. ``"gptq"``: that
             without scales. ``"rtn"``: round-to-nearest, no calibration. All write the same format.
         duo_scaling: also try scales that take the weights into account.
         apply_clip: also search for the range of each group.

@@ -76,7 +76,8 @@ class LinearReport:
 
 @dataclass
 class FoldReport:
-    """One scale search. Losses are those of :func:`awq_ext.ops.search_scale`, summed over the readers."""
+    """One scale search. Losses are those of :func:`awq_ext.ops.search_scale`, summed over the readers; with "awq+",
+    those on the calibration tokens are by what is left of the inputs (:func:`awq_ext.search.unpredicted`)."""
 
     producer: str
     readers: list[str]

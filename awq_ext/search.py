@@ -44,6 +44,27 @@ def search_scale(
     return candidates[finalists[best]], int(finalists[best]), float(losses[0]), float(losses[best])
 
 
+def unpredicted(gram: Tensor, ridge: float) -> Tensor:
+    """The Gram matrix [k, k], diagonal, of what is left of each input after what the other inputs tell about it.
+
+    Where codes are chosen together, others make up for the error of one as far as their inputs tell its own. So the
+    loss to be expected is that of errors on inputs as small as what is left, independent of one another: by such a
+    matrix :func:`search_scale` chooses for codes chosen together. The mean squares are those of a linear prediction,
+    1 / (gram^-1)[j, j], with ``ridge`` times its diagonal added to gram, which it needs if there are few tokens.
+    ``gram`` itself if it is not positive definite even so.
+
+    By gram itself, as for rounding to nearest, scales come out too strong: with scales by this and ranges by squares
+    alone, the divergence of "awq+" without tuning is lower by 4 and 7 %, with other calibration data by 4 and 4 % (on
+    two texts, SmolLM2-135M).
+    """
+    squares = gram.diagonal()
+    size = torch.where(squares > 0, squares, 1.0).sqrt()
+    correlation = gram / size / size[:, None]
+    correlation.diagonal().add_(ridge)
+    factor, failed = torch.linalg.cholesky_ex(correlation)
+    return gram if failed else torch.diag(squares / torch.cholesky_inverse(factor).diagonal())
+
+
 def sample(w: Tensor, squares: Tensor, row_weight: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
     """`ROWS` rows of w [n, k] or less: their numbers, int64, and weights by which their losses add up to those of all.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -62,6 +63,23 @@ def test_awq_rounds_to_nearest(monkeypatch: pytest.MonkeyPatch) -> None:
     run(small_model("llama"), method="awq")
     with pytest.raises(AssertionError, match="compensated"):
         run(small_model("llama"), method="awq+")
+
+
+@pytest.mark.parametrize("method", ["awq", "awq+", "gptq"])
+def test_codes_chosen_together_have_scales_and_ranges_for_that(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are searched by what the codes do not make up for, as if inputs told nothing about one another."""
+    seen: dict[str, list[bool]] = {"scale_losses": [], "search_clip": []}
+    for name, at in (("scale_losses", 2), ("search_clip", 1)):
+        search = getattr(ops, name)
+
+        def look(*args: torch.Tensor, name: str = name, at: int = at, search: Any = search, **kwargs: Any) -> object:
+            seen[name].append(torch.equal(args[at], torch.diag(args[at].diagonal())))
+            return search(*args, **kwargs)
+
+        monkeypatch.setattr(ops, name, look)
+    run(small_model("llama"), method=method)
+    assert len(seen["search_clip"]) == 14 and set(seen["search_clip"]) == {method != "awq"}
+    assert set(seen["scale_losses"]) == {"awq": {False}, "awq+": {True}, "gptq": set()}[method]
 
 
 @pytest.mark.parametrize("method", ["awq+", "gptq"])

@@ -81,3 +81,42 @@ def test_rows_that_do_not_matter_and_rows_of_zeros() -> None:
         assert search.search_scale(w, x_mean, gram, weights, **SEARCH)[3] <= float(losses[0])
     rows, _ = search.sample(w, gram.diagonal(), torch.nn.functional.one_hot(torch.tensor(77), 500).float(), GROUP)
     assert 77 in rows
+
+
+def test_what_is_left_of_an_input_is_what_regression_on_the_others_leaves() -> None:
+    *_, gram, _ = case(1)
+    for ridge in (0.0, 0.3):
+        left = search.unpredicted(gram, ridge)
+        assert torch.equal(left, torch.diag(left.diagonal()))
+        ridged = gram.double() + ridge * torch.diag(gram.diagonal().double())
+        for j in (0, 7, K - 1):
+            others = torch.arange(K) != j
+            column = ridged[others, j]
+            told = column @ torch.linalg.solve(ridged[others][:, others], column)
+            torch.testing.assert_close(left[j, j].double(), ridged[j, j] - told, rtol=1e-3, atol=0)
+
+
+def test_independent_silent_and_equal_inputs() -> None:
+    squares, equal = torch.diag(torch.tensor([4.0, 0.0, 1e-20, 1e6])), torch.ones(3, 3)
+    torch.testing.assert_close(search.unpredicted(squares, 0.1), 1.1 * squares, rtol=1e-6, atol=0)
+    assert torch.equal(search.unpredicted(squares, 0.0), squares) and torch.equal(search.unpredicted(equal, 0.0), equal)
+    torch.testing.assert_close(search.unpredicted(equal, 1e-3).diagonal(), torch.full((3,), 1.5e-3), rtol=0.01, atol=0)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_scales_for_codes_chosen_together(seed: int) -> None:
+    """Loud inputs, that are so together: codes chosen together lose less at a scale found by what is left."""
+    generator = torch.Generator().manual_seed(seed)
+    loudness = torch.exp(1.5 * torch.randn(K, generator=generator))
+    x = torch.randn(2000, 12, generator=generator) @ torch.randn(12, K, generator=generator) * loudness
+    x += torch.randn(2000, K, generator=generator)
+    w, gram = torch.randn(64, K, generator=generator), ref.gram_of(x)
+
+    def loss(by: Tensor) -> float:
+        scale = search.search_scale(w, x.abs().mean(0), by, torch.ones(len(w)), **SEARCH)[0]
+        scaled = gram / scale / scale[:, None]
+        q, s, z = ops.quantize_compensated(w * scale, scaled, group_size=GROUP, **ROUNDING)
+        error = (q.float() - z.repeat_interleave(GROUP, 1)) * s.float().repeat_interleave(GROUP, 1) - w * scale
+        return float(((error @ scaled) * error).sum())
+
+    assert loss(search.unpredicted(gram, 0.0)) < 0.95 * loss(gram)
