@@ -6,7 +6,8 @@
 Every version of the model is scored against the original on the same windows of every text, as `awq-ext eval` does, by
 this project's loader and in float32. With seed 0 the calibration windows are the first of the text, as those of the
 peers are; with others they are drawn from it. A 4-bit version goes through a checkpoint on disk. `--peer` scores a
-checkpoint of someone else's beside them; give its name several times if it has been made with several seeds.
+checkpoint of someone else's beside them, in 4 bits or floats; give its name several times if it has been made with
+several seeds.
 """
 
 from __future__ import annotations

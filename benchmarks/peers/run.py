@@ -22,7 +22,7 @@ import shutil
 import tempfile
 import textwrap
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -99,37 +99,23 @@ def autoawq(args: argparse.Namespace, rows: list[list[int]]) -> Steps:
     return quantize, lambda: model.model.save_pretrained(args.out), packages
 
 
-def save_floats(args: argparse.Namespace, weights: Mapping[str, torch.Tensor]) -> None:
-    """The model with weights that stand for codes."""
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
-    model.load_state_dict({name: weights[name] for name in model.state_dict()})
-    model.save_pretrained(args.out)
-
-
 def gptqmodel(args: argparse.Namespace, rows: list[list[int]]) -> Steps:
     os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
     from gptqmodel import BACKEND, GPTQModel
     from gptqmodel.quantization.config import FORMAT, AWQConfig, GPTQConfig
 
-    options: dict[str, Any] = {"bits": args.bits, "group_size": args.group_size, "sym": False}
+    options: dict[str, Any] = {"bits": 4, "group_size": args.group_size, "sym": False}
     if args.peer == "gptqmodel-awq":
         config, backend = AWQConfig(format=FORMAT.GEMM, **options), BACKEND.AWQ_TORCH
     else:
         config, backend = GPTQConfig(format=FORMAT.GPTQ, desc_act=False, **options), BACKEND.AUTO
     model = GPTQModel.load(args.model, config, device="cpu")
     data = [{"input_ids": row, "attention_mask": [1] * len(row)} for row in rows]
-
-    def save() -> None:
-        if args.bits == 4:
-            model.save(args.out)
-        else:
-            packed = {name: m for name, m in model.model.named_modules() if hasattr(m, "dequantize_weight")}
-            weights = {f"{name}.weight": m.dequantize_weight().t() for name, m in packed.items()}
-            save_floats(args, model.model.state_dict() | weights)
-
-    return lambda: model.quantize(data, batch_size=8, backend=backend), save, ["gptqmodel", "transformers"]
+    return (
+        lambda: model.quantize(data, batch_size=8, backend=backend),
+        lambda: model.save(args.out),
+        ["gptqmodel", "transformers"],
+    )
 
 
 def llmcompressor(args: argparse.Namespace, rows: list[list[int]]) -> Steps:
@@ -153,8 +139,11 @@ def llmcompressor(args: argparse.Namespace, rows: list[list[int]]) -> Steps:
     def save() -> None:
         if args.bits == 4:
             model.save_pretrained(args.out, save_compressed=True)
-        else:  # it keeps what the codes stand for, and packs when it saves
-            save_floats(args, model.state_dict())
+        else:  # it packs when it saves; until then weights are what the codes stand for
+            plain = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
+            weights = model.state_dict()
+            plain.load_state_dict({name: weights[name] for name in plain.state_dict()})
+            plain.save_pretrained(args.out)
 
     run = lambda: oneshot(model=model, dataset=data, recipe=recipe, **options)  # noqa: E731
     return run, save, ["llmcompressor", "transformers"]
@@ -192,8 +181,8 @@ PEERS = {
     "autoround": autoround,
 }
 
-ANY_BITS = ("autoawq", "gptqmodel-gptq", "llmcompressor-gptq")
-"""Of other numbers of bits than 4, too."""
+ANY_BITS = ("autoawq", "llmcompressor-gptq")
+"""With other numbers of bits than 4, too."""
 
 
 def peak_mib() -> float:
