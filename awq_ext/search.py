@@ -34,7 +34,7 @@ def search_scale(
     is never worse than round-to-nearest.
     """
     candidates = ops.scale_candidates(w, x_mean, group_size=group_size, grid=grid, duo_scaling=duo_scaling, tie=tie)
-    finalists = torch.arange(len(candidates))
+    finalists = torch.arange(len(candidates), device=w.device)
     if len(w) > ROWS:
         rows, weight = sample(w, gram.diagonal(), row_weight, group_size)
         losses = ops.scale_losses(w[rows], candidates, gram, group_size=group_size, row_weight=weight, **rounding)
@@ -77,7 +77,7 @@ def sample(w: Tensor, squares: Tensor, row_weight: Tensor, group_size: int) -> t
     spread = (high.clamp(min=0) - low.clamp(max=0)).double()
     share = row_weight * (spread.square() @ squares.double().unflatten(0, (spread.shape[1], -1)).sum(-1))
     chance = 0.9 * share / share.sum().clamp(min=1e-300) + 0.1 / len(w)
-    steps = (torch.arange(ROWS, dtype=torch.float64) + 0.5) / ROWS
+    steps = (torch.arange(ROWS, dtype=torch.float64, device=w.device) + 0.5) / ROWS
     chosen = torch.searchsorted(chance.cumsum(0), steps * chance.sum()).clamp(max=len(w) - 1)
     rows, times = chosen.unique(return_counts=True)
     return rows, (row_weight[rows] * times / (ROWS * chance[rows] / chance.sum())).float()
