@@ -46,27 +46,15 @@ cudaError_t launch(const core::LinearArgs& args, const CudaPlan& plan, void* wor
   return e != cudaSuccess || partials == nullptr ? e : reduce(args, partials, plan.splits, stream);
 }
 
-template <DType kType, int kTiles>
-cudaError_t launch(const core::LinearArgs& args, const CudaPlan& plan, void* workspace, cudaStream_t stream) {
-  switch (decode_unit(args.k, args.group)) {
-    case 16: return launch<kType, kTiles, 16>(args, plan, workspace, stream);
-    case 32: return launch<kType, kTiles, 32>(args, plan, workspace, stream);
-    default: return launch<kType, kTiles, 64>(args, plan, workspace, stream);
-  }
-}
-
-template <DType kType>
-cudaError_t launch(const core::LinearArgs& args, const CudaPlan& plan, void* workspace, cudaStream_t stream) {
-  return plan.tile_m <= 8 ? launch<kType, 1>(args, plan, workspace, stream)
-                          : launch<kType, 2>(args, plan, workspace, stream);
-}
-
 }  // namespace
 
 cudaError_t decode(const core::LinearArgs& args, const CudaPlan& plan, void* workspace, cudaStream_t stream) {
   if (plan.grid_x == 0) return cudaSuccess;
-  return args.x_type == DType::f16 ? launch<DType::f16>(args, plan, workspace, stream)
-                                   : launch<DType::bf16>(args, plan, workspace, stream);
+  cudaError_t result{};
+  with_decode(plan, args.x_type, decode_unit(args.k, args.group), [&]<DType kType, int kTiles, int kUnit>() {
+    result = launch<kType, kTiles, kUnit>(args, plan, workspace, stream);
+  });
+  return result;
 }
 
 }  // namespace awq::cuda

@@ -114,4 +114,19 @@ inline CudaPlan decode_plan(const CudaProblem& p, const Gpu& gpu) {
   return best;
 }
 
+/// body.operator()<x's type, tiles of eight tokens, unit>(): which instance of the kernel a plan means.
+template <class Body>
+void with_decode(const CudaPlan& plan, DType x_type, int unit, const Body& body) {
+  with_x_type(x_type, [&]<DType kType>() {
+    const auto with_unit = [&]<int kTiles>() {
+      switch (unit) {
+        case 16: return body.template operator()<kType, kTiles, 16>();
+        case 32: return body.template operator()<kType, kTiles, 32>();
+        default: return body.template operator()<kType, kTiles, 64>();
+      }
+    };
+    plan.tile_m <= 8 ? with_unit.template operator()<1>() : with_unit.template operator()<2>();
+  });
+}
+
 }  // namespace awq::cuda

@@ -27,19 +27,15 @@ cudaError_t launch(const core::LinearArgs& args, const CudaPlan& plan, void* wor
   return e != cudaSuccess || partials == nullptr ? e : reduce(args, partials, plan.splits, stream);
 }
 
-template <core::DType kType>
-cudaError_t launch(const core::LinearArgs& args, const CudaPlan& plan, void* workspace, cudaStream_t stream) {
-  const bool small_groups = gemm_sm80_small_groups(args.k, args.group);
-  const auto chosen = plan.tile_m == 32 ? (small_groups ? launch<kType, 32, true> : launch<kType, 32, false>)
-                                        : (small_groups ? launch<kType, 64, true> : launch<kType, 64, false>);
-  return chosen(args, plan, workspace, stream);
-}
-
 }  // namespace
 
 cudaError_t gemm_sm80(const core::LinearArgs& args, const CudaPlan& plan, void* workspace, cudaStream_t stream) {
-  return args.x_type == core::DType::f16 ? launch<core::DType::f16>(args, plan, workspace, stream)
-                                         : launch<core::DType::bf16>(args, plan, workspace, stream);
+  cudaError_t result{};
+  const bool small_groups = gemm_sm80_small_groups(args.k, args.group);
+  with_gemm_sm80(plan, args.x_type, small_groups, [&]<core::DType kType, int kTokens, bool kSmallGroups>() {
+    result = launch<kType, kTokens, kSmallGroups>(args, plan, workspace, stream);
+  });
+  return result;
 }
 
 }  // namespace awq::cuda

@@ -107,4 +107,15 @@ constexpr CudaPlan gemm_sm80_plan(const CudaProblem& p, const Gpu& gpu) {
   return splits > 1 ? gemm_sm80_plan(p, whole.tile_m, static_cast<int>(splits)) : whole;
 }
 
+/// body.operator()<x's type, tokens, small groups>(): which instance of the kernel a plan means.
+template <class Body>
+void with_gemm_sm80(const CudaPlan& plan, DType x_type, bool small_groups, const Body& body) {
+  with_x_type(x_type, [&]<DType kType>() {
+    if (plan.tile_m == 32)
+      small_groups ? body.template operator()<kType, 32, true>() : body.template operator()<kType, 32, false>();
+    else
+      small_groups ? body.template operator()<kType, 64, true>() : body.template operator()<kType, 64, false>();
+  });
+}
+
 }  // namespace awq::cuda

@@ -70,24 +70,13 @@ cudaError_t launch(const core::LinearArgs& args, const CudaPlan& plan, cudaStrea
   return cudaLaunchKernelEx(&config, kKernel, args, Sm90Cut(problem, kTokens, plan.stages, plan.cluster), map);
 }
 
-template <DType kType>
-cudaError_t launch(const core::LinearArgs& args, const CudaPlan& plan, cudaStream_t stream) {
-  switch (plan.tile_m) {
-    case 16: return launch<kType, 16>(args, plan, stream);
-    case 32: return launch<kType, 32>(args, plan, stream);
-    case 64: return launch<kType, 64>(args, plan, stream);
-    case 96: return launch<kType, 96>(args, plan, stream);
-    case 128: return launch<kType, 128>(args, plan, stream);
-    case 192: return launch<kType, 192>(args, plan, stream);
-    case 256: return launch<kType, 256>(args, plan, stream);
-    default: return cudaErrorInvalidValue;
-  }
-}
-
 }  // namespace
 
 cudaError_t gemm_sm90(const core::LinearArgs& args, const CudaPlan& plan, void*, cudaStream_t stream) {
-  return args.x_type == DType::f16 ? launch<DType::f16>(args, plan, stream) : launch<DType::bf16>(args, plan, stream);
+  cudaError_t result = cudaErrorInvalidValue;
+  with_gemm_sm90(plan.tile_m, args.x_type,
+                 [&]<DType kType, int kTokens>() { result = launch<kType, kTokens>(args, plan, stream); });
+  return result;
 }
 
 }  // namespace awq::cuda

@@ -1,7 +1,10 @@
 // The Hopper GEMM (gemm_sm90.cuh) seen from outside: which calls it can take, how it cuts them up, what it keeps where.
 #pragma once
 #include <algorithm>
+#include <cstddef>
 #include <cstdint>
+#include <iterator>
+#include <utility>
 
 #include "../core/layout.h"
 #include "plan.h"
@@ -127,6 +130,18 @@ constexpr CudaPlan gemm_sm90_plan(const CudaProblem& p, const Gpu& gpu) {
         best_tokens = tokens, best_cluster = cluster;
   }
   return sm90_plan(p, gpu, best_tokens, best_cluster);
+}
+
+/// body.operator()<x's type, tokens>(), if there is an instance of the kernel with so many; whether there is.
+template <class Body>
+bool with_gemm_sm90(int tokens, DType x_type, const Body& body) {
+  bool found = false;
+  with_x_type(x_type, [&]<DType kType>() {
+    [&]<std::size_t... kI>(std::index_sequence<kI...>) {
+      ((tokens == kSm90Tokens[kI] ? (body.template operator()<kType, kSm90Tokens[kI]>(), found = true) : false), ...);
+    }(std::make_index_sequence<std::size(kSm90Tokens)>{});
+  });
+  return found;
 }
 
 }  // namespace awq::cuda

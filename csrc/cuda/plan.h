@@ -50,6 +50,12 @@ struct CudaPlan {
   bool early = false;                   // begins while the kernels before it in the stream still run; decode only
 };
 
+/// body.operator()<x's type>(), for the types of x that kernels multiply.
+template <class Body>
+void with_x_type(DType type, const Body& body) {
+  type == DType::f16 ? body.template operator()<DType::f16>() : body.template operator()<DType::bf16>();
+}
+
 /// The plan for a call with at least one output. What no kernel can do, or not fast enough, is a dequantized weight and
 /// torch's own matrix product (CudaKernel::dequantize).
 CudaPlan plan_cuda(std::int64_t m, std::int64_t n, std::int64_t k, std::int64_t group, DType x_type, DType scale_type,

@@ -32,11 +32,6 @@ simt::Launch launch_of(const cuda::CudaPlan& plan) {
   return launch;
 }
 
-template <class Body>
-void with_type(DType type, const Body& body) {
-  type == DType::f16 ? body.template operator()<DType::f16>() : body.template operator()<DType::bf16>();
-}
-
 /// Lets kernels touch what the call is about while play() runs: of x its rows and nothing between them, of y every
 /// element, which must be written, and the workspace, of which nothing is read before it is written.
 template <class Play>
@@ -74,7 +69,7 @@ void for_threads(const Tiles& tiles, const Thread& thread) {
 
 template <class Body>
 void with_float(DType type, const Body& body) {
-  type == DType::f32 ? body.template operator()<DType::f32>() : with_type(type, body);
+  type == DType::f32 ? body.template operator()<DType::f32>() : cuda::with_x_type(type, body);
 }
 
 }  // namespace
@@ -97,18 +92,8 @@ cudaError_t decode(const core::LinearArgs& a, const CudaPlan& plan, void* worksp
   return watched("decode", a, plan, workspace, [&](const simt::Options& options) {
     const DecodeCut cut = decode_cut(plan, a.k, a.group);
     auto* const partials = static_cast<float*>(workspace);
-    with_type(a.x_type, [&]<DType kType>() {
-      const auto run = [&]<int kTiles, int kUnit>() {
-        simt::run(launch_of(plan), options, [&] { decode_body<kType, kTiles, kUnit>(a, cut, partials); });
-      };
-      const auto with_unit = [&]<int kTiles>() {
-        switch (decode_unit(a.k, a.group)) {
-          case 16: return run.template operator()<kTiles, 16>();
-          case 32: return run.template operator()<kTiles, 32>();
-          default: return run.template operator()<kTiles, 64>();
-        }
-      };
-      plan.tile_m <= 8 ? with_unit.template operator()<1>() : with_unit.template operator()<2>();
+    with_decode(plan, a.x_type, decode_unit(a.k, a.group), [&]<DType kType, int kTiles, int kUnit>() {
+      simt::run(launch_of(plan), options, [&] { decode_body<kType, kTiles, kUnit>(a, cut, partials); });
       if (partials != nullptr) play_reduce<kType>(a, partials, plan.splits, options);
     });
   });
@@ -118,14 +103,8 @@ cudaError_t gemm_sm80(const core::LinearArgs& a, const CudaPlan& plan, void* wor
   return watched("gemm_sm80", a, plan, workspace, [&](const simt::Options& options) {
     auto* const partials = static_cast<float*>(workspace);
     const bool small = gemm_sm80_small_groups(a.k, a.group);
-    with_type(a.x_type, [&]<DType kType>() {
-      const auto run = [&]<int kTokens, bool kSmall>() {
-        simt::run(launch_of(plan), options, [&] { gemm_sm80_body<kType, kTokens, kSmall>(a, partials); });
-      };
-      if (plan.tile_m == 32)
-        small ? run.template operator()<32, true>() : run.template operator()<32, false>();
-      else
-        small ? run.template operator()<64, true>() : run.template operator()<64, false>();
+    with_gemm_sm80(plan, a.x_type, small, [&]<DType kType, int kTokens, bool kSmall>() {
+      simt::run(launch_of(plan), options, [&] { gemm_sm80_body<kType, kTokens, kSmall>(a, partials); });
       if (partials != nullptr) play_reduce<kType>(a, partials, plan.splits, options);
     });
   });
@@ -133,24 +112,13 @@ cudaError_t gemm_sm80(const core::LinearArgs& a, const CudaPlan& plan, void* wor
 
 cudaError_t gemm_sm90(const core::LinearArgs& a, const CudaPlan& plan, void* workspace, cudaStream_t) {
   return watched("gemm_sm90", a, plan, workspace, [&](const simt::Options& options) {
-    with_type(a.x_type, [&]<DType kType>() {
-      const auto run = [&]<int kTokens>() {
-        const Sm90Cut cut({a.m, a.n, a.k, a.group, a.x_type, a.scale_type}, kTokens, plan.stages, plan.cluster);
-        TensorMap map;
-        simt::encode(map, a.x, 2, a.m, a.k, a.x_stride * 2, kTokens, kSm90Slice, true);
-        simt::run(launch_of(plan), options, [&] { gemm_sm90_body<kType, kTokens>(a, cut, &map); });
-      };
-      switch (plan.tile_m) {
-        case 16: return run.template operator()<16>();
-        case 32: return run.template operator()<32>();
-        case 64: return run.template operator()<64>();
-        case 96: return run.template operator()<96>();
-        case 128: return run.template operator()<128>();
-        case 192: return run.template operator()<192>();
-        case 256: return run.template operator()<256>();
-        default: throw simt::Error("no such tile");
-      }
+    const bool found = with_gemm_sm90(plan.tile_m, a.x_type, [&]<DType kType, int kTokens>() {
+      const Sm90Cut cut({a.m, a.n, a.k, a.group, a.x_type, a.scale_type}, kTokens, plan.stages, plan.cluster);
+      TensorMap map;
+      simt::encode(map, a.x, 2, a.m, a.k, a.x_stride * 2, kTokens, kSm90Slice, true);
+      simt::run(launch_of(plan), options, [&] { gemm_sm90_body<kType, kTokens>(a, cut, &map); });
     });
+    if (!found) throw simt::Error("no such tile");
   });
 }
 

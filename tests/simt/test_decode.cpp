@@ -21,43 +21,28 @@ cuda::CudaProblem problem(const LinearCase& c) {
   return {c.shape.m, c.shape.n, c.shape.k, c.shape.group, c.types.x, c.types.scale};
 }
 
-/// body.operator()<x's type, tiles of tokens, unit>(), as decode.cu chooses them.
-template <class Body>
-void dispatch(const core::LinearArgs& args, const CudaPlan& plan, Body body) {
-  const auto with_unit = [&]<DType kType, int kTiles>() {
-    switch (cuda::decode_unit(args.k, args.group)) {
-      case 16: return body.template operator()<kType, kTiles, 16>();
-      case 32: return body.template operator()<kType, kTiles, 32>();
-      default: return body.template operator()<kType, kTiles, 64>();
-    }
-  };
-  const auto with_tiles = [&]<DType kType>() {
-    plan.tile_m <= 8 ? with_unit.template operator()<kType, 1>() : with_unit.template operator()<kType, 2>();
-  };
-  args.x_type == DType::f16 ? with_tiles.template operator()<DType::f16>()
-                            : with_tiles.template operator()<DType::bf16>();
-}
-
 /// The kernel, and the one that adds if there is no cluster. The launch is early, as after a kernel that writes x.
 void play(const core::LinearArgs& args, const CudaPlan& plan, const simt::Options& options) {
   simt::Buffer<float> partials(static_cast<std::size_t>(plan.workspace_bytes / 4));
   partials.global().uninitialised();
   float* const workspace = plan.workspace_bytes > 0 ? partials.data() : nullptr;
   const cuda::DecodeCut cut = cuda::decode_cut(plan, args.k, args.group);
-  dispatch(args, plan, [&]<DType kType, int kTiles, int kUnit>() {
-    simt::run({.grid_x = plan.grid_x,
-               .grid_y = plan.grid_y,
-               .threads = plan.threads,
-               .cluster = plan.cluster,
-               .shared_bytes = static_cast<std::uint32_t>(plan.shared_bytes),
-               .registers = 128,
-               .early = true},
-              options, [&] { cuda::decode_body<kType, kTiles, kUnit>(args, cut, workspace); });
-    if (workspace != nullptr)
-      simt::run(
-          {.grid_x = core::ceil_div(args.n, cuda::kReduceColumns), .grid_y = args.m, .threads = cuda::kReduceThreads},
-          options, [&] { cuda::reduce_body<kType>(args, workspace, plan.splits); });
-  });
+  cuda::with_decode(plan, args.x_type, cuda::decode_unit(args.k, args.group),
+                    [&]<DType kType, int kTiles, int kUnit>() {
+                      simt::run({.grid_x = plan.grid_x,
+                                 .grid_y = plan.grid_y,
+                                 .threads = plan.threads,
+                                 .cluster = plan.cluster,
+                                 .shared_bytes = static_cast<std::uint32_t>(plan.shared_bytes),
+                                 .registers = 128,
+                                 .early = true},
+                                options, [&] { cuda::decode_body<kType, kTiles, kUnit>(args, cut, workspace); });
+                      if (workspace != nullptr)
+                        simt::run({.grid_x = core::ceil_div(args.n, cuda::kReduceColumns),
+                                   .grid_y = args.m,
+                                   .threads = cuda::kReduceThreads},
+                                  options, [&] { cuda::reduce_body<kType>(args, workspace, plan.splits); });
+                    });
 }
 
 /// Sixteen products at a time into a unit's sum; that, scaled, into a warp's; parts and splits; bias.

@@ -41,18 +41,11 @@ void play(const core::LinearArgs& args, const CudaPlan& plan, const simt::Option
                             .shared_bytes = static_cast<std::uint32_t>(plan.shared_bytes)};
   const simt::Launch adding{
       .grid_x = core::ceil_div(args.n, cuda::kReduceColumns), .grid_y = args.m, .threads = cuda::kReduceThreads};
-  const auto with_type = [&]<DType kType>() {
-    const auto go = [&]<int kTokens, bool kSmallGroups>() {
-      simt::run(launch, options, [&] { cuda::gemm_sm80_body<kType, kTokens, kSmallGroups>(args, partials); });
-    };
-    const bool small = cuda::gemm_sm80_small_groups(args.k, args.group);
-    if (plan.tile_m == 32)
-      small ? go.template operator()<32, true>() : go.template operator()<32, false>();
-    else
-      small ? go.template operator()<64, true>() : go.template operator()<64, false>();
+  const bool small_groups = cuda::gemm_sm80_small_groups(args.k, args.group);
+  cuda::with_gemm_sm80(plan, args.x_type, small_groups, [&]<DType kType, int kTokens, bool kSmallGroups>() {
+    simt::run(launch, options, [&] { cuda::gemm_sm80_body<kType, kTokens, kSmallGroups>(args, partials); });
     if (partials != nullptr) simt::run(adding, options, [&] { cuda::reduce_body<kType>(args, partials, plan.splits); });
-  };
-  args.x_type == kHalf ? with_type.template operator()<kHalf>() : with_type.template operator()<kBrain>();
+  });
 }
 
 /// Products of a group, in the end scaled and added to those of others, at least once a step; parts of k; bias.

@@ -46,20 +46,6 @@ void play(const core::LinearArgs& args, const Cut& cut, const simt::Options& opt
             options, [&] { cuda::gemm_sm90_body<kType, kTokens>(args, sm90, &map); });
 }
 
-template <DType kType>
-void play(const core::LinearArgs& args, const Cut& cut, const simt::Options& options) {
-  switch (cut.tokens) {
-    case 16: return play<kType, 16>(args, cut, options);
-    case 32: return play<kType, 32>(args, cut, options);
-    case 64: return play<kType, 64>(args, cut, options);
-    case 96: return play<kType, 96>(args, cut, options);
-    case 128: return play<kType, 128>(args, cut, options);
-    case 192: return play<kType, 192>(args, cut, options);
-    case 256: return play<kType, 256>(args, cut, options);
-    default: FAIL("no such tile");
-  }
-}
-
 /// Sixteen products at a time come to a sum in float32: where weights are exact that of a step, at most 128, and then
 /// that of all steps; blocks of a cluster; bias.
 double additions(const LinearCase& c, const Cut& cut) {
@@ -74,7 +60,8 @@ void check(LinearCase& c, const Cut& cut, std::initializer_list<std::uint64_t> s
   c.check(
       {additions(c, cut), cut.tokens > cuda::kSm90Exact},
       [&](const core::LinearArgs& args, const simt::Options& options) {
-        args.x_type == DType::f16 ? play<DType::f16>(args, cut, options) : play<DType::bf16>(args, cut, options);
+        REQUIRE(cuda::with_gemm_sm90(cut.tokens, args.x_type,
+                                     [&]<DType kType, int kTokens>() { play<kType, kTokens>(args, cut, options); }));
       },
       seeds);
 }
