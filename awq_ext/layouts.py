@@ -188,11 +188,6 @@ def strips_can_have(in_features: int, group_size: int) -> bool:
     return group_size == in_features or group_size % octet == 0
 
 
-def fragments_can_have(in_features: int, group_size: int) -> bool:
-    """Whether CUDA kernels exist for such groups; layout fragments can hold any."""
-    return group_size == in_features or group_size % 16 == 0
-
-
 def repack_scales(scales: Tensor, src: str, dst: str) -> Tensor:
     """Scales [G, n] in the order of layout ``src`` -> the same in that of ``dst``.
 

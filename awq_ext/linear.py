@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from awq_ext import _library, ops
 from awq_ext.functional import linear, resolve_activation
-from awq_ext.layouts import find_codes, fragments_can_have, repack_scales, strips_can_have
+from awq_ext.layouts import find_codes, repack_scales, strips_can_have
 
 W_BIT = 4
 PACK = 8  # codes in one int32 word
@@ -239,8 +239,8 @@ def best_layout(group_size: int, in_features: int, device: str) -> str:
     """The layout in which a weight is multiplied fastest on this type of device."""
     if device == "cpu" and strips_can_have(in_features, group_size):
         return "strips"
-    if device == "cuda" and fragments_can_have(in_features, group_size) and _library.CUDA_LIBRARY in _library.loaded():
-        return "fragments"
+    if device == "cuda" and _library.CUDA_LIBRARY in _library.loaded():
+        return "fragments" if _library.native().fragments_can_have(in_features, group_size) else "gemm"
     return "gemm"
 
 

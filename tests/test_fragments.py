@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import awq_ext
 from awq_ext import AwqLinear, _library, linear, ops
-from awq_ext.layouts import every_layout, fragments_can_have, layouts, repack_scales
+from awq_ext.layouts import every_layout, layouts, repack_scales
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 SHAPES = [(8, 16, 16), (24, 96, 32), (40, 192, 64), (136, 256, 128), (72, 300, 300), (64, 37, 37), (200, 600, 200)]
@@ -188,7 +188,7 @@ def equal_states(a: nn.Module, b: nn.Module) -> bool:
 def test_the_layout_for_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(_library._loaded, _library.CUDA_LIBRARY, Path())
     for group_size in (16, 32, 48, 64, 128, 160):
-        assert fragments_can_have(160, group_size) and linear.best_layout(group_size, 160, "cuda") == "fragments"
+        assert native.fragments_can_have(160, group_size) and linear.best_layout(group_size, 160, "cuda") == "fragments"
         assert linear.best_layout(group_size, 160, "cpu") == "strips"
     assert linear.best_layout(20, 20, "cuda") == "fragments"
     assert linear.best_layout(8, 160, "cuda") == linear.best_layout(20, 160, "cuda") == "gemm"

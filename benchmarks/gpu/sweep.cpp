@@ -294,7 +294,7 @@ int main(int argc, char** argv) {
         kernel == CudaKernel::decode ? std::vector<std::int64_t>{1, 3, 16} : std::vector<std::int64_t>{17, 70};
     for (const std::int64_t m : rows)
       for (const std::int64_t group : {32, 64, 320})
-        sweep(kernel, {m, 200, 320, group, type, DType::f16}, gpu, false, stream);
+        sweep(kernel, {m, 200, 320, group, type, type}, gpu, false, stream);
     return 0;
   }
   if (shapes.empty()) shapes = {{4096, 4096}, {6144, 4096}, {28672, 4096}, {4096, 14336}, {8192, 8192}, {57344, 8192}};

@@ -42,7 +42,7 @@ static_assert(decode_shared_bytes(16, 3) == 64 << 10);  // what every GPU has
 inline bool decode_can(const CudaProblem& p, const Gpu& gpu) {
   const bool type = p.x_type == DType::f16 || (p.x_type == DType::bf16 && gpu.arch >= 80);
   return gpu.arch >= 75 && type && p.scale_type != DType::f64 && p.m <= kDecodeRows && p.n % 8 == 0 &&
-         p.n <= (1 << 30) && p.k > 0 && p.k <= (1 << 20) && (p.group == p.k || p.group % 16 == 0);
+         p.n <= (1 << 30) && p.k > 0 && p.k <= (1 << 20) && fragments_can_have(p.k, p.group);
 }
 
 /// The longest piece of k, of 16, 32 or 64, that is in one group wherever it begins (at its multiples). One group is

@@ -1,5 +1,5 @@
-// What one thread of each kernel does. There is no launch syntax and no shuffle in here, so that a test without a GPU
-// can play every thread of a launch on the host and compare the result with core's, bit for bit.
+// What one thread of each kernel of kernels.cuh does. There is no launch syntax and no shuffle in here, so that a test
+// without a GPU can play every thread of a launch on the host and compare the result with core's, bit for bit.
 #pragma once
 #include <bit>
 #include <cstddef>

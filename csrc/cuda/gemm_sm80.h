@@ -74,7 +74,7 @@ constexpr bool gemm_sm80_can(const CudaProblem& p, const Gpu& gpu) {
                      core::ceil_div(p.m, 32) * core::ceil_div(p.n, GemmSm80::kRows) <= kMost;
   const GemmSm80 largest{64, true};
   return gpu.arch >= 80 && gpu.shared_bytes >= largest.shared_bytes() && types && sizes &&
-         (p.group == p.k || p.group % 16 == 0);
+         fragments_can_have(p.k, p.group);
 }
 
 /// In blocks of so many tokens, and so many that share the k of a tile.

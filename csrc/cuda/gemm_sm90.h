@@ -84,7 +84,8 @@ struct Sm90Cut {
 constexpr bool gemm_sm90_can(const CudaProblem& p, const Gpu& gpu) {
   constexpr std::int64_t kMost = std::int64_t{1} << 30;
   constexpr int kStep = Sm90Cut::step(kSm90Exact);
-  const bool groups = p.group == p.k || p.group % kStep == 0 || (kStep % p.group == 0 && p.group % 16 == 0);
+  const bool groups =
+      fragments_can_have(p.k, p.group) && (p.group == p.k || p.group % kStep == 0 || kStep % p.group == 0);
   const bool sizes = p.m > 0 && p.n > 0 && p.k > 0 && p.m <= kMost && p.n <= kMost && p.k <= kMost && p.n % 8 == 0 &&
                      core::ceil_div(p.n, kSm90Panel) * core::ceil_div(p.m, kSm90Tokens[0]) <= kMost;
   const bool types = (p.x_type == DType::f16 || p.x_type == DType::bf16) && p.scale_type != DType::f64;

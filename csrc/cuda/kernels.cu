@@ -1,7 +1,7 @@
-// The kernels: device_code.h plus shared memory, barriers, shuffles and launches.
+// The kernels of kernels.cuh, and their launches.
 #include <algorithm>
 
-#include "device_code.h"
+#include "kernels.cuh"
 #include "launch.h"
 
 namespace awq::cuda {
@@ -10,40 +10,22 @@ namespace {
 template <class Read, class Write>
 __global__ void __launch_bounds__(kThreads) convert_kernel(Read read, Write write, SquareTiles tiles) {
   __shared__ std::uint8_t shared[kTile * kTileStride];
-  for (std::int64_t tile = blockIdx.x; tile < tiles.count(); tile += gridDim.x) {
-    read(shared, tiles, tile, threadIdx.x);
-    __syncthreads();
-    write(shared, tiles, tile, threadIdx.x);
-    __syncthreads();
-  }
+  convert_body(read, write, tiles, shared);
 }
 
 template <DType kType>
 __global__ void __launch_bounds__(kThreads) quantize_kernel(core::QuantizeArgs args) {
-  const int lane = threadIdx.x % kWarp;
-  const std::int64_t first = blockIdx.x * std::int64_t{kThreads / kWarp} + threadIdx.x / kWarp;
-  const std::int64_t groups = args.n * (args.k / args.group);
-  for (std::int64_t group = first; group < groups; group += gridDim.x * std::int64_t{kThreads / kWarp}) {
-    GroupRange range = lane_range<kType>(args, group, lane);
-    for (int distance = kWarp / 2; distance > 0; distance /= 2)
-      range.merge({__shfl_xor_sync(~0u, range.lo, distance), __shfl_xor_sync(~0u, range.hi, distance),
-                   __shfl_xor_sync(~0u, range.poison, distance)});
-    write_group<kType>(args, group, parameters(args, group, range), lane);
-  }
+  quantize_body<kType>(args);
 }
 
 template <DType kScale, DType kOut, bool kWhole>
 __global__ void __launch_bounds__(kThreads) dequantize_kernel(core::DequantizeArgs args) {
-  const BlockTiles tiles{{args.n, args.k}};
-  for (std::int64_t tile = blockIdx.x; tile < tiles.count(); tile += gridDim.x)
-    dequantize_block<kScale, kOut, kWhole>(args, tile, threadIdx.x);
+  dequantize_body<kScale, kOut, kWhole>(args);
 }
 
 template <DType kScale, DType kOut, bool kWhole>
 __global__ void __launch_bounds__(kThreads) dequantize_fragments_kernel(core::DequantizeArgs args) {
-  const FragmentTiles tiles{{args.n, args.k}};
-  for (std::int64_t tile = blockIdx.x; tile < tiles.count(); tile += gridDim.x)
-    dequantize_fragments<kScale, kOut, kWhole>(args, tile, threadIdx.x);
+  dequantize_fragments_body<kScale, kOut, kWhole>(args);
 }
 
 /// Starts a block for each piece of work, or as many as a grid can have: kernels stride by the grid.
@@ -90,7 +72,6 @@ cudaError_t repack(const core::Codes& from, const core::Codes& to, const void* s
 }
 
 cudaError_t quantize(const core::QuantizeArgs& args, cudaStream_t stream) {
-  constexpr std::int64_t kWarps = kThreads / kWarp;
   const std::int64_t blocks = (args.n * (args.k / args.group) + kWarps - 1) / kWarps;
   return with_type(args.w_type, [&]<DType kType>() { return launch(quantize_kernel<kType>, blocks, stream, args); });
 }

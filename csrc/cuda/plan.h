@@ -32,6 +32,9 @@ struct CudaProblem {
   DType x_type, scale_type;
 };
 
+/// Whether there are kernels for such groups: no 16 along k, which an instruction multiplies, may belong to two.
+constexpr bool fragments_can_have(std::int64_t k, std::int64_t group) { return group == k || group % 16 == 0; }
+
 enum class CudaKernel : std::uint8_t { dequantize, decode, gemm_sm80, gemm_sm90 };
 
 /// A kernel and its launch. Each kernel's own header says how it cuts its work; what it does not need stays as it is.

@@ -6,35 +6,13 @@
 #include <cmath>
 #include <limits>
 
-#include "device_code.h"
-#include "ptx.cuh"
+#include "items.cuh"
 #include "search.h"
 
 namespace awq::cuda {
 
-inline constexpr int kWarps = kThreads / kWarp;
-
-/// Calls visit(item) for each item of 0 .. count - 1: one thread, or one warp with all its lanes, for each.
-template <class Visit>
-AWQ_DEVICE void for_threads(std::int64_t count, const Visit& visit) {
-  for (std::int64_t i = ptx::block_x() * kThreads + ptx::thread(); i < count; i += ptx::grid_x() * kThreads) visit(i);
-}
-template <class Visit>
-AWQ_DEVICE void for_warps(std::int64_t count, const Visit& visit) {
-  for (std::int64_t i = ptx::block_x() * kWarps + ptx::thread() / kWarp; i < count; i += ptx::grid_x() * kWarps)
-    visit(i);
-}
-
 /// 0 of a finite number, else NaN.
 AWQ_DEVICE float poison_of(float x) { return x * 0.0f; }
-
-/// What all lanes saw together. The order does not matter, see GroupRange.
-AWQ_DEVICE GroupRange all_lanes(GroupRange range) {
-  for (int distance = kWarp / 2; distance > 0; distance /= 2)
-    range.merge({ptx::shuffle_xor(range.lo, distance), ptx::shuffle_xor(range.hi, distance),
-                 ptx::shuffle_xor(range.poison, distance)});
-  return range;
-}
 
 /// value, combined over all threads of the block, the same in each: add(a, b) over neighbours, then over warps in
 /// order.

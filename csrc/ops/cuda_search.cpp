@@ -12,7 +12,7 @@ namespace {
 
 using torch::stable::new_empty;
 
-constexpr std::int64_t kErrors = std::int64_t{1} << 26;  // rounding errors held at a time: 256 MiB
+constexpr std::int64_t kHeld = std::int64_t{1} << 26;  // floats of temporaries at a time: 256 MiB
 
 const float* floats_of(const Tensor& t) { return static_cast<const float*>(t.const_data_ptr()); }
 float* new_floats_of(Tensor& t) { return static_cast<float*>(t.mutable_data_ptr()); }
@@ -20,9 +20,9 @@ double* new_doubles_of(Tensor& t) { return static_cast<double*>(t.mutable_data_p
 
 Tensor as_floats(const Tensor& w) { return as_contiguous(torch::stable::to(w, ScalarType::Float)); }
 
-/// How many of `count` pieces of `size` errors each are worked on at a time.
+/// How many of `count` pieces, with temporaries of `size` floats each, are worked on at a time.
 std::int64_t at_a_time(std::int64_t count, std::int64_t size) {
-  return std::clamp<std::int64_t>(kErrors / std::max<std::int64_t>(1, size), 1, std::max<std::int64_t>(1, count));
+  return std::clamp<std::int64_t>(kHeld / std::max<std::int64_t>(1, size), 1, std::max<std::int64_t>(1, count));
 }
 
 /// The scales that a search tries, [candidates, k]. w float32, contiguous.
@@ -53,7 +53,8 @@ Tensor losses_of(const Tensor& w, const WeightShape& shape, const Tensor& candid
                  std::int64_t gram_stride, const OptionalTensor& row_weight, core::Rounding to, Tensor* scale,
                  cudaStream_t stream) {
   const auto [n, k, group, groups] = shape;
-  const std::int64_t count = candidates.size(0), items = count * n, most = at_a_time(items, k);
+  const std::int64_t count = candidates.size(0), items = count * n;
+  const std::int64_t most = at_a_time(items, k + 2 * cuda::product_tiles(k) + 1);  // d, partial, verdict
   const Tensor second_moment = as_contiguous(gram);
   const OptionalTensor weights = contiguous_or_none(row_weight);
   Tensor d = new_empty(w, {most, k}), verdict = new_empty(w, {most});
@@ -131,7 +132,8 @@ Tensor search_clip(const Tensor& w, const Tensor& gram, std::int64_t group_size,
   const OnDevice device(w);
   const NoGrad no_grad;
   const Tensor weight = as_floats(w), second_moment = as_contiguous(gram);
-  const std::int64_t tries = grid + 1, most = at_a_time(n, k * tries);
+  const std::int64_t tries = grid + 1, sums = groups * (cuda::product_tiles(group) + 1);  // partial and loss of a try
+  const std::int64_t most = at_a_time(n, tries * (k + 2 * sums));
   Tensor range = new_empty(weight, {n, groups, 2}), poison = new_empty(weight, {k});
   Tensor best = new_empty(weight, {n, groups}, ScalarType::Double);
   Tensor d = new_empty(weight, {most * tries, k});

@@ -10,8 +10,10 @@ STABLE_TORCH_LIBRARY(awq_ext, m) {
   //   layout "strips" (CPU only; g a multiple of 8, or k): qweight int32 [ceil(n/32), 32 ceil(k/8)], scales float
   //   [G, n] in their order there (strip_scale of csrc/core/layout.h), qzeros int32 [ceil(n/32), 4 G]
   //   layout "fragments" (CUDA only; n a multiple of 8): qweight int32 [ceil(n/64), 512 ceil(k/64)], scales float [G,
-  //   n] in their order there (fragment_scale), qzeros int32 [ceil(n/64), 8 G] bias float [n]; activation: how little x
-  //   may be rounded to, "exact" (its own dtype), "int16" or "int8"
+  //   n] in their order there (fragment_scale), qzeros int32 [ceil(n/64), 8 G]
+  //   bias float [n]; activation: how little x may be rounded to, "exact" (its own dtype), "int16" or "int8"
+  // Kernels sum in float32 (float64 where x is) and round once, to infinity beyond x's dtype. Where torch multiplies a
+  // dequantized weight, on CUDA, its own settings hold.
   m.def(
       "linear(Tensor x, Tensor qweight, Tensor scales, Tensor? qzeros=None, Tensor? bias=None, *, "
       "int group_size, str layout=\"gemm\", str activation=\"exact\") -> Tensor");

@@ -227,6 +227,8 @@ PYBIND11_MODULE(_native, m) {
   m.def("plan_linear", &plan_linear, py::arg("m"), py::arg("n"), py::arg("k"), py::arg("dtype") = "float32",
         py::arg("layout") = "gemm", py::arg("activation") = "exact",
         "Which CPU kernel awq_ext::linear takes for m rows and an [n, k] weight, and why.");
+  m.def("fragments_can_have", &awq::cuda::fragments_can_have, py::arg("k"), py::arg("group_size"),
+        "Whether CUDA kernels exist for such groups; layout fragments can hold any.");
   m.def(
       "plan_cuda", &plan_cuda, py::arg("m"), py::arg("n"), py::arg("k"), py::arg("group_size"),
       py::arg("dtype") = "float16", py::arg("scale_dtype") = "float16", py::arg("arch") = 90, py::arg("sms") = 0,

@@ -1,14 +1,16 @@
 // The CUDA operators of csrc/ops/cuda.cpp, as they are, with kernels that are played: awq_played::linear and so on, for
 // tensors on a CPU, on a GPU that a test names. What this tests beyond the kernels' own tests is the operators: that
 // they give each kernel what it can take, and the rest to torch.
+#include <functional>
 #include <utility>
 
-#include "cuda/device_code.h"
 #include "cuda/gpu.h"
+#include "cuda/kernels.cuh"
 #include "cuda/launch.h"
 #include "ops/check.h"
 #include "ops/cuda.h"
 #include "simt/play.h"
+#include "simt/played.h"
 
 namespace {
 
@@ -21,7 +23,9 @@ std::uint64_t seed = 0;
 
 /// Lets the kernel touch what the call is about: of x its rows and nothing between them, of y every element, which must
 /// be written, and the workspace, of which nothing is read before it is written.
-cudaError_t play(const char* name, const core::LinearArgs& a, const cuda::CudaPlan& plan, void* workspace) {
+cudaError_t play(const char* name, const core::LinearArgs& a, const cuda::CudaPlan& plan, void* workspace,
+                 cudaStream_t stream) {
+  require_enqueued(stream);
   last = name;
   const auto bytes = [](std::int64_t count, std::int64_t size) { return static_cast<std::size_t>(count * size); };
   const std::int64_t panels = core::ceil_div(a.n, 64), groups = a.k / a.group;
@@ -39,11 +43,9 @@ cudaError_t play(const char* name, const core::LinearArgs& a, const cuda::CudaPl
   return cudaSuccess;
 }
 
-/// Every thread of a kernel of device_code.h, which has no barrier but between two halves.
-template <class Tiles, class Thread>
-void for_threads(const Tiles& tiles, const Thread& thread) {
-  for (std::int64_t tile = 0; tile < tiles.count(); ++tile)
-    for (int i = 0; i < cuda::kThreads; ++i) thread(tile, i);
+/// A kernel of kernels.cuh, in two blocks.
+void play(const std::function<void()>& body) {
+  simt::run({.grid_x = 2, .threads = cuda::kThreads}, {.seed = seed++ % 5}, body);
 }
 
 template <class Body>
@@ -67,68 +69,59 @@ cudaError_t gpu_of(int, Gpu& answer) {
   return cudaSuccess;
 }
 
-cudaError_t decode(const core::LinearArgs& a, const CudaPlan& plan, void* workspace, cudaStream_t) {
-  return play("decode", a, plan, workspace);
+cudaError_t decode(const core::LinearArgs& a, const CudaPlan& plan, void* workspace, cudaStream_t stream) {
+  return play("decode", a, plan, workspace, stream);
 }
-cudaError_t gemm_sm80(const core::LinearArgs& a, const CudaPlan& plan, void* workspace, cudaStream_t) {
-  return play("gemm_sm80", a, plan, workspace);
+cudaError_t gemm_sm80(const core::LinearArgs& a, const CudaPlan& plan, void* workspace, cudaStream_t stream) {
+  return play("gemm_sm80", a, plan, workspace, stream);
 }
-cudaError_t gemm_sm90(const core::LinearArgs& a, const CudaPlan& plan, void* workspace, cudaStream_t) {
-  return play("gemm_sm90", a, plan, workspace);
+cudaError_t gemm_sm90(const core::LinearArgs& a, const CudaPlan& plan, void* workspace, cudaStream_t stream) {
+  return play("gemm_sm90", a, plan, workspace, stream);
 }
 
-cudaError_t dequantize(const core::DequantizeArgs& a, cudaStream_t) {
+cudaError_t dequantize(const core::DequantizeArgs& a, cudaStream_t stream) {
+  require_enqueued(stream);
   last = "dequantize";
   with_float(a.scale_type, [&]<DType kScale>() {
     with_float(a.w_type, [&]<DType kOut>() {
-      const auto play = [&]<bool kWhole>() {
-        if (a.order == core::Order::fragments)
-          for_threads(FragmentTiles{{a.n, a.k}}, [&](std::int64_t tile, int thread) {
-            dequantize_fragments<kScale, kOut, kWhole>(a, tile, thread);
-          });
-        else
-          for_threads(BlockTiles{{a.n, a.k}},
-                      [&](std::int64_t tile, int thread) { dequantize_block<kScale, kOut, kWhole>(a, tile, thread); });
+      const auto with_whole = [&]<bool kWhole>() {
+        play([&] {
+          if (a.order == core::Order::fragments)
+            dequantize_fragments_body<kScale, kOut, kWhole>(a);
+          else
+            dequantize_body<kScale, kOut, kWhole>(a);
+        });
       };
-      has_whole_blocks(a) ? play.template operator()<true>() : play.template operator()<false>();
+      has_whole_blocks(a) ? with_whole.template operator()<true>() : with_whole.template operator()<false>();
     });
   });
   return cudaSuccess;
 }
 
 template <class Read, class Write>
-cudaError_t convert(const Read& read, const Write& write, std::int64_t n, std::int64_t k) {
-  const SquareTiles tiles{{n, k}};
-  std::uint8_t shared[kTile * kTileStride] = {};
-  for (std::int64_t tile = 0; tile < tiles.count(); ++tile) {
-    for (int thread = 0; thread < kThreads; ++thread) read(shared, tiles, tile, thread);
-    for (int thread = 0; thread < kThreads; ++thread) write(shared, tiles, tile, thread);
-  }
+cudaError_t convert(const Read& read, const Write& write, std::int64_t n, std::int64_t k, cudaStream_t stream) {
+  require_enqueued(stream);
+  std::uint8_t shared[2][kTile * kTileStride];
+  play([&] { convert_body(read, write, {{n, k}}, shared[ptx::block_x()]); });
   return cudaSuccess;
 }
 
 cudaError_t pack(const core::Codes& to, const std::uint8_t* q, void* words, std::int64_t n, std::int64_t k,
-                 cudaStream_t) {
-  return convert(ReadCodes{q}, WriteWords{to, words}, n, k);
+                 cudaStream_t stream) {
+  return convert(ReadCodes{q}, WriteWords{to, words}, n, k, stream);
 }
 cudaError_t unpack(const core::Codes& from, const void* words, std::uint8_t* q, std::int64_t n, std::int64_t k,
-                   cudaStream_t) {
-  return convert(ReadWords{from, words}, WriteCodes{q}, n, k);
+                   cudaStream_t stream) {
+  return convert(ReadWords{from, words}, WriteCodes{q}, n, k, stream);
 }
 cudaError_t repack(const core::Codes& from, const core::Codes& to, const void* source, void* target, std::int64_t n,
-                   std::int64_t k, cudaStream_t) {
-  return convert(ReadWords{from, source}, WriteWords{to, target}, n, k);
+                   std::int64_t k, cudaStream_t stream) {
+  return convert(ReadWords{from, source}, WriteWords{to, target}, n, k, stream);
 }
 
-cudaError_t quantize(const core::QuantizeArgs& a, cudaStream_t) {
-  with_float(a.w_type, [&]<DType kType>() {
-    for (std::int64_t group = 0; group < a.n * (a.k / a.group); ++group) {
-      GroupRange range;
-      for (int lane = 0; lane < kWarp; ++lane) range.merge(lane_range<kType>(a, group, lane));
-      const core::GroupParameters p = parameters(a, group, range);
-      for (int lane = 0; lane < kWarp; ++lane) write_group<kType>(a, group, p, lane);
-    }
-  });
+cudaError_t quantize(const core::QuantizeArgs& a, cudaStream_t stream) {
+  require_enqueued(stream);
+  with_float(a.w_type, [&]<DType kType>() { play([&] { quantize_body<kType>(a); }); });
   return cudaSuccess;
 }
 

@@ -10,6 +10,7 @@
 #include "cuda/search.cuh"
 #include "ops/check.h"
 #include "ops/cuda.h"
+#include "simt/played.h"
 #include "simt/simt.h"
 
 namespace {
@@ -57,17 +58,30 @@ void play(void (*body)(const Args&), const Args& args, std::uint32_t shared_byte
 
 // --- torch, as far as it would ask for a device ---------------------------------------------------------------------
 
+namespace {
+
+int guards = 0;  // that are held
+char stream_of_torch;
+
+}  // namespace
+
 AOTITorchError aoti_torch_create_device_guard(std::int32_t, DeviceGuardHandle* guard) {
+  ++guards;
   *guard = reinterpret_cast<DeviceGuardHandle>(&pieces);
   return AOTI_TORCH_SUCCESS;
 }
 AOTITorchError aoti_torch_delete_device_guard(DeviceGuardHandle) {
+  --guards;
   pieces.clear();  // an operator ends
   return AOTI_TORCH_SUCCESS;
 }
 AOTITorchError aoti_torch_get_current_cuda_stream(std::int32_t, void** stream) {
-  *stream = nullptr;
+  *stream = &stream_of_torch;
   return AOTI_TORCH_SUCCESS;
+}
+void require_enqueued(cudaStream_t stream) {
+  if (guards != 1) throw simt::Error("a kernel is launched without the guard of its device");
+  if (stream != &stream_of_torch) throw simt::Error("a kernel is launched on another stream than torch's");
 }
 AOTITorchError torch_c10_cuda_check_msg(std::int32_t, const char*, const char*, std::uint32_t, bool, char** message) {
   *message = nullptr;
@@ -95,7 +109,8 @@ Tensor watched_new_empty(const Tensor& like, std::vector<std::int64_t> sizes,
 
 namespace awq::cuda {
 
-cudaError_t weight_means(const MeanArgs& a, cudaStream_t) {
+cudaError_t weight_means(const MeanArgs& a, cudaStream_t stream) {
+  require_enqueued(stream);
   const Input w(a.w, a.n * a.k);
   play(mean_inverse_body, a);
   play(mean_sums_body, a);
@@ -103,7 +118,8 @@ cudaError_t weight_means(const MeanArgs& a, cudaStream_t) {
   return cudaSuccess;
 }
 
-cudaError_t scale_candidates(const CandidateArgs& a, cudaStream_t) {
+cudaError_t scale_candidates(const CandidateArgs& a, cudaStream_t stream) {
+  require_enqueued(stream);
   const Input x_mean(a.x_mean, a.k), tie(a.tie, a.k);
   play(raw_scales_body, a);
   if (a.tie != nullptr) play(tied_scales_body, a);
@@ -111,13 +127,15 @@ cudaError_t scale_candidates(const CandidateArgs& a, cudaStream_t) {
   return cudaSuccess;
 }
 
-cudaError_t scale_errors(const ScaleErrorArgs& a, cudaStream_t) {
+cudaError_t scale_errors(const ScaleErrorArgs& a, cudaStream_t stream) {
+  require_enqueued(stream);
   const Input w(a.w, a.n * a.k), candidates(a.candidates, ((a.first + a.items - 1) / a.n + 1) * a.k);
   play(scale_error_body, a);
   return cudaSuccess;
 }
 
-cudaError_t losses(const LossArgs& a, cudaStream_t) {
+cudaError_t losses(const LossArgs& a, cudaStream_t stream) {
+  require_enqueued(stream);
   const std::int64_t size = a.batches * a.k;
   const Input gram(a.gram, a.gram_stride == 0 ? size : size * size);
   if (a.gram_stride == 0) {
@@ -129,36 +147,42 @@ cudaError_t losses(const LossArgs& a, cudaStream_t) {
   return cudaSuccess;
 }
 
-cudaError_t total_losses(const TotalArgs& a, cudaStream_t) {
+cudaError_t total_losses(const TotalArgs& a, cudaStream_t stream) {
+  require_enqueued(stream);
   const Input row_weight(a.row_weight, a.n);
   play(total_body, a, kTotalsShared);
   return cudaSuccess;
 }
 
-cudaError_t choose_scale(const TotalArgs& a, cudaStream_t) {
+cudaError_t choose_scale(const TotalArgs& a, cudaStream_t stream) {
+  require_enqueued(stream);
   play(choose_scale_body, a);
   return cudaSuccess;
 }
 
-cudaError_t clip_start(const ClipArgs& a, cudaStream_t) {
+cudaError_t clip_start(const ClipArgs& a, cudaStream_t stream) {
+  require_enqueued(stream);
   const Input w(a.w, a.n * a.k), gram(a.gram, a.gram_stride == 0 ? a.k : a.k * a.k);
   play(clip_poison_body, a);
   play(clip_start_body, a);
   return cudaSuccess;
 }
 
-cudaError_t clip_errors(const ClipArgs& a, cudaStream_t) {
+cudaError_t clip_errors(const ClipArgs& a, cudaStream_t stream) {
+  require_enqueued(stream);
   const Input w(a.w, a.n * a.k);
   play(clip_error_body, a);
   return cudaSuccess;
 }
 
-cudaError_t clip_choose(const ClipArgs& a, cudaStream_t) {
+cudaError_t clip_choose(const ClipArgs& a, cudaStream_t stream) {
+  require_enqueued(stream);
   play(clip_choose_body, a);
   return cudaSuccess;
 }
 
-cudaError_t add_gram(const core::GramArgs& a, cudaStream_t) {
+cudaError_t add_gram(const core::GramArgs& a, cudaStream_t stream) {
+  require_enqueued(stream);
   const Input x(a.x, (a.t - 1) * a.x_stride + a.k);
   const simt::Global sums(a.sums, static_cast<std::size_t>(a.k * a.k) * sizeof(float), true, "sums");
   play(gram_body, a, kProductShared);
