@@ -349,7 +349,7 @@ class _Work:
         range = None
         if gram is not None and self.settings.apply_clip:
             # Errors that are made up for do not add up as the inputs of a group do.
-            by = torch.diag(gram.diagonal()) if together else gram
+            by = gram.diagonal() if together else gram
             range = ops.search_clip(wanted.to(device), by.to(device), **self.rounding).cpu()
         codes = nearest = self._round(name, range)
         if gram is not None and together:

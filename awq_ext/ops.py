@@ -226,9 +226,9 @@ def search_scale(
     """The per-input-channel scale c that makes rounding of ``w * c`` lose least.
 
     w float [n, k] (the rows of every linear that reads the same input, concatenated); x_mean float32 [k], the mean of
-    |x| over tokens; gram float32 [k, k], the mean of x^T x over tokens; tie int64 [k], channels with the same number
-    share one scale (the geometric mean of what each would have); row_weight float32 [n], how much the error of each
-    row counts (None: one each).
+    |x| over tokens; gram float32 [k, k], the mean of x^T x over tokens, or [k], its diagonal where the rest is zero
+    (faster by far); tie int64 [k], channels with the same number share one scale (the geometric mean of what each would
+    have); row_weight float32 [n], how much the error of each row counts (None: one each).
 
     Candidates, in this order: the identity; ``x_mean^r`` for r = 1/grid, 2/grid .. 1; with duo_scaling
     ``x_mean^r / (w_mean^(1-r) + 1e-4)`` for the same r, w_mean[k] = mean over rows of |w| / (largest |w| of its
@@ -277,7 +277,7 @@ def _search_scale_fake(
     _check_float_weight("search_scale", w, group_size)
     _check_rounding("search_scale", w_bit, dtype)
     candidates, k = _check_candidates("search_scale", w.shape[1], x_mean, grid, duo_scaling, tie)
-    _check_gram("search_scale", gram, k)
+    _check_gram("search_scale", gram, k, diagonal_allowed=True)
     _check_row_weight("search_scale", row_weight, w.shape[0])
     return w.new_empty((k,), dtype=torch.float32), w.new_empty((candidates,), dtype=torch.float64)
 
@@ -366,7 +366,7 @@ def _scale_losses_fake(
     k = w.shape[1]
     candidates_ok = candidates.dtype == torch.float32 and candidates.dim() == 2 and candidates.shape[1] == k
     _check(candidates_ok, "scale_losses", "candidates", f"[c, {k}] float32", candidates)
-    _check_gram("scale_losses", gram, k)
+    _check_gram("scale_losses", gram, k, diagonal_allowed=True)
     _check_row_weight("scale_losses", row_weight, n)
     return w.new_empty((candidates.shape[0],), dtype=torch.float64)
 
@@ -384,10 +384,11 @@ def search_clip(
 ) -> Tensor:
     """The range of each group that loses least when the weights outside it saturate, for :func:`quantize`.
 
-    w float [n, k]; gram float32 [k, k] = mean of x^T x over tokens. The group's own range [lo, hi] (zero included)
-    is shrunk in ``grid`` steps of max_shrink / grid: both ends together, then from the best of those each end alone
-    (zero_point only). The loss of a group is ``d gram_gg d^T`` with gram_gg the g x g block on gram's diagonal: the
-    mean squared error of the group's part of the output over all tokens. The whole range is a candidate.
+    w float [n, k]; gram float32 [k, k] = mean of x^T x over tokens, or [k], its diagonal where the rest is zero. The
+    group's own range [lo, hi] (zero included) is shrunk in ``grid`` steps of max_shrink / grid: both ends together,
+    then from the best of those each end alone (zero_point only). The loss of a group is ``d gram_gg d^T`` with gram_gg
+    the g x g block on gram's diagonal: the mean squared error of the group's part of the output over all tokens. The
+    whole range is a candidate.
 
     Returns range float32 [n, G, 2]. Inputs that are not finite raise RuntimeError on a CPU; on CUDA (no
     synchronisation) a group whose weights or whose block of gram are not finite gets NaN. Rounding errors take 256 MiB
@@ -423,7 +424,7 @@ def _search_clip_fake(
     _check_rounding("search_clip", w_bit, dtype)
     _check_grid("search_clip", grid)
     torch._check(0 <= max_shrink < 1, lambda: f"awq_ext::search_clip: max_shrink must be in [0, 1), got {max_shrink}")
-    _check_gram("search_clip", gram, w.shape[1])
+    _check_gram("search_clip", gram, w.shape[1], diagonal_allowed=True)
     return w.new_empty((n, groups, 2), dtype=torch.float32)
 
 
@@ -597,9 +598,10 @@ def _check_range(op: str, range: Tensor | None, n: int, groups: int) -> None:
         _check(range.dtype == torch.float32 and shape_ok, op, "range", f"[{n}, {groups}, 2] float32", range)
 
 
-def _check_gram(op: str, gram: Tensor, k: int) -> None:
-    gram_ok = gram.dtype == torch.float32 and gram.dim() == 2 and gram.shape[0] == k and gram.shape[1] == k
-    _check(gram_ok, op, "gram", f"[{k}, {k}] float32", gram)
+def _check_gram(op: str, gram: Tensor, k: int, *, diagonal_allowed: bool = False) -> None:
+    dimensions = 1 if diagonal_allowed and gram.dim() == 1 else 2
+    gram_ok = gram.dtype == torch.float32 and gram.dim() == dimensions and all(size == k for size in gram.shape)
+    _check(gram_ok, op, "gram", f"[{', '.join([str(k)] * dimensions)}] float32", gram)
 
 
 def _check_row_weight(op: str, row_weight: Tensor | None, n: int) -> None:

@@ -36,7 +36,8 @@ def search_scale(
     candidates = ops.scale_candidates(w, x_mean, group_size=group_size, grid=grid, duo_scaling=duo_scaling, tie=tie)
     finalists = torch.arange(len(candidates), device=w.device)
     if len(w) > ROWS:
-        rows, weight = sample(w, gram.diagonal(), row_weight, group_size)
+        squares = gram if gram.dim() == 1 else gram.diagonal()
+        rows, weight = sample(w, squares, row_weight, group_size)
         losses = ops.scale_losses(w[rows], candidates, gram, group_size=group_size, row_weight=weight, **rounding)
         finalists = torch.cat([finalists[:1], 1 + losses[1:].argsort(stable=True)[:FINALISTS]])
     losses = ops.scale_losses(w, candidates[finalists], gram, group_size=group_size, row_weight=row_weight, **rounding)
@@ -45,13 +46,13 @@ def search_scale(
 
 
 def unpredicted(gram: Tensor, ridge: float) -> Tensor:
-    """The Gram matrix [k, k], diagonal, of what is left of each input after what the other inputs tell about it.
+    """The mean square [k] of what is left of each input after what the other inputs tell about it.
 
     Where codes are chosen together, others make up for the error of one as far as their inputs tell its own. So the
-    loss to be expected is that of errors on inputs as small as what is left, independent of one another: by such a
-    matrix :func:`search_scale` chooses for codes chosen together. The mean squares are those of a linear prediction,
+    loss to be expected is that of errors on inputs as small as what is left, independent of one another: with
+    them in place of gram :func:`search_scale` chooses for codes chosen together. They are those of a linear prediction,
     1 / (gram^-1)[j, j], with ``ridge`` times its diagonal added to gram, which it needs if there are few tokens.
-    ``gram`` itself if it is not positive definite even so.
+    ``gram`` itself [k, k] if it is not positive definite even so.
 
     By gram itself, as for rounding to nearest, scales come out too strong: with scales by this and ranges by squares
     alone, the divergence of "awq+" without tuning is lower by 4 and 7 %, with other calibration data by 4 and 4 % (on
@@ -62,7 +63,7 @@ def unpredicted(gram: Tensor, ridge: float) -> Tensor:
     correlation = gram / size / size[:, None]
     correlation.diagonal().add_(ridge)
     factor, failed = torch.linalg.cholesky_ex(correlation)
-    return gram if failed else torch.diag(squares / torch.cholesky_inverse(factor).diagonal())
+    return gram if failed else squares / torch.cholesky_inverse(factor).diagonal()
 
 
 def sample(w: Tensor, squares: Tensor, row_weight: Tensor, group_size: int) -> tuple[Tensor, Tensor]:

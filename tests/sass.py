@@ -148,10 +148,10 @@ def read(cubin: Path, arch: str = "", warnings: str = "") -> Cubin:
     usage = re.findall(
         r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", cuobjdump(cubin, "-res-usage")
     )
+    assert {symbol for symbol, *_ in usage} == {*code}, "every kernel has both, or one was misread"
     kernels = [
         Kernel(symbol, int(registers), int(stack), int(local), int(shared), code[symbol])
         for symbol, registers, stack, shared, local in usage
-        if symbol in code
     ]
     return Cubin(arch, tuple(kernels), warnings)
 

@@ -98,11 +98,33 @@ def test_every_operator_of_the_schema_page_has_its_kernels() -> None:
 def test_every_operator_has_its_cuda_kernel() -> None:
     if _library.CUDA_LIBRARY not in _library.loaded():
         pytest.skip(f"{_library.CUDA_LIBRARY} is not loaded (not built, or this torch has no CUDA)")
-    source = (REPOSITORY / "csrc" / "ops" / "cuda.cpp").read_text()
+    source = "".join(path.read_text() for path in (REPOSITORY / "csrc" / "ops").glob("cuda*.cpp"))
     names = re.findall(r'm\.impl\("(\w+)"', source)
-    assert names
+    assert len(names) >= 12
     for name in names:
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"awq_ext::{name}", "CUDA"), name
+
+
+def test_cuda_code_only_enqueues() -> None:
+    """On the stream it is given. Nothing waits, allocates or copies, so that all of it can be captured in a graph."""
+    sources = sorted((REPOSITORY / "csrc" / "cuda").glob("*"))
+    launches = 0
+    for path in sources:
+        text = path.read_text()
+        forbidden = r"cuda\w*(?:Synchronize|Malloc|Free|Memcpy|Memset|StreamCreate|Event)\w*"
+        assert re.findall(forbidden, text) == [], path
+        given = [inside.split(",")[-1].strip() for inside in re.findall(r"<<<(.*?)>>>", text, re.DOTALL)]
+        given += ["stream"] * text.count("config.stream = stream;")
+        assert given == ["stream"] * (text.count("<<<") + text.count("cudaLaunchKernelEx(")), path
+        launches += len(given)
+    assert launches >= 5
+
+
+def test_copies_of_16_bytes_have_no_cache_policy() -> None:
+    """With one, compilers have made illegal instructions of cp.async, on several architectures; not of bulk copies."""
+    text = "".join(path.read_text() for path in (REPOSITORY / "csrc" / "cuda").glob("*.cuh"))
+    copies = re.findall(r'"(cp\.async\.c[ag]\.[^"]*)"', text)
+    assert copies and not [copy for copy in copies if "L2" in copy or "policy" in copy]
 
 
 def kernel_objects() -> list[Path]:

@@ -114,6 +114,24 @@ def test_search_scale(run: Run, n: int, k: int, group: int, tied: bool) -> None:
         assert expected[best] <= expected.min() * 1.01
 
 
+def test_by_a_diagonal(run: Run) -> None:
+    w, (x_mean, gram) = floats(30, 96), statistics(96)
+    squares = gram.diagonal()
+    for group in (32, -1):
+        expected = ops.search_scale(w, x_mean, squares, group_size=group)
+        for got, want in zip(run("search_scale", w, x_mean, squares, group_size=group), expected, strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=0)
+        candidates = torch.stack([torch.ones(96), expected[0]])
+        got = run("scale_losses", w, candidates, squares, group_size=group)
+        torch.testing.assert_close(got, ops.scale_losses(w, candidates, squares, group_size=group), rtol=1e-5, atol=0)
+        got = run("search_clip", w, squares, group_size=group, grid=6)
+        torch.testing.assert_close(got, ops.search_clip(w, squares, group_size=group, grid=6), rtol=1e-6, atol=0)
+    squares = squares.clone()
+    squares[40] = float("nan")
+    holes = run("search_clip", w, squares, group_size=32, grid=2).isnan()
+    assert holes[:, 1].all() and not holes[:, ::2].any()
+
+
 def test_search_scale_without_duo_scaling(run: Run) -> None:
     w, (x_mean, gram) = floats(30, 64), statistics(64)
     options = {"group_size": 16, "grid": 20, "duo_scaling": False, "dtype": torch.bfloat16}

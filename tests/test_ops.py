@@ -723,6 +723,30 @@ def test_scale_losses_are_those_of_the_search_on_any_tokens() -> None:
     assert ops.scale_losses(w, scales[:0], ref.gram_of(x), **options).shape == (0,)
 
 
+def test_searches_by_a_diagonal_are_those_by_a_matrix_that_is_zero_beside_it() -> None:
+    n, k, group = 130, 96, 32
+    w, x = randn(n, k), calibration(k)
+    x_mean, squares = x.abs().mean(0), ref.gram_of(x).diagonal()  # not contiguous
+    scale, losses = ops.search_scale(w, x_mean, squares, group_size=group)
+    whole_scale, whole = ops.search_scale(w, x_mean, torch.diag(squares), group_size=group)
+    assert_same(scale, whole_scale)
+    torch.testing.assert_close(losses, whole, rtol=1e-5, atol=0)
+    scales = torch.stack([torch.ones(k), scale])
+    assert_same(ops.scale_losses(w, scales, squares, group_size=group), losses[[0, int(losses.argmin())]])
+    for options in ({"group_size": group}, {"group_size": -1, "zero_point": False}):
+        assert_same(ops.search_clip(w, squares, **options), ops.search_clip(w, torch.diag(squares), **options))
+    with pytest.raises(RuntimeError, match=r"search_clip: gram must be .*\[96\].*, got .*\[95\]"):
+        ops.search_clip(w, squares[1:], group_size=group)
+    with pytest.raises(RuntimeError, match=r"quantize_compensated: gram must be"):
+        ops.quantize_compensated(w, squares, group_size=group)
+    squares = squares.clone()
+    squares[50] = float("nan")
+    with pytest.raises(RuntimeError, match="search_clip: gram must be finite"):
+        ops.search_clip(w, squares, group_size=group)
+    with pytest.raises(RuntimeError, match="search_scale: no candidate has a finite loss"):
+        ops.search_scale(w, x_mean, squares, group_size=group)
+
+
 @pytest.mark.parametrize("bad", [0.0, -1.0, float("nan"), float("inf")])
 def test_scale_losses_refuses_scales_that_cannot_be_divided_by(bad: float) -> None:
     scales = torch.ones(2, 32)
@@ -1017,6 +1041,10 @@ BAD_TENSORS: list[tuple[str, str, Tensor]] = [
     ("linear", "qweight", torch.zeros(K, N // 8, dtype=torch.uint32)),
 ]
 BAD_TENSORS = [case for case in BAD_TENSORS if not (case[1] == "x" and case[2].shape == (K,))]
+# Some take a diagonal for the matrix.
+BAD_TENSORS = [
+    case for case in BAD_TENSORS if case[1] != "gram" or case[2].shape != (K,) or case[0] == "quantize_compensated"
+]
 # [0]-slices that are still right: none. A strided dtype change of w to another float is right, so those are left out.
 BAD_TENSORS = [case for case in BAD_TENSORS if case[1] != "w" or case[2].dtype not in STORAGE or case[2].dim() != 2]
 

@@ -47,6 +47,10 @@ struct Kernels {
   /// loss[r] = d_r G d_r^T for `rows` rows of d, [rows, padded(k)] with zeros beyond k, from the packed triangle.
   void (*gram_loss)(const float* d, std::int64_t rows, const float* triangle, std::int64_t k, double* loss) noexcept;
 
+  /// The same of a G that is zero off its diagonal [k].
+  void (*diagonal_loss)(const float* d, std::int64_t rows, const float* diagonal, std::int64_t k,
+                        double* loss) noexcept;
+
   /// sums[i, j] += sum over rows t of x[t, i] x[t, j] for j >= i, in two steps: gram_pack for blocks [begin, end) of
   /// gram_block columns each, which writes only their part of packed; then, when all are packed, gram_add for every two
   /// blocks i <= j, which writes only their part of sums. Nothing else of sums is touched. The order in which an

@@ -264,6 +264,23 @@ void gram_loss(const float* d, std::int64_t rows, const float* triangle, std::in
   }
 }
 
+void diagonal_loss(const float* d, std::int64_t rows, const float* diagonal, std::int64_t k, double* loss) noexcept {
+  constexpr std::int64_t kColumns = 8 * kLanes;  // summed before they are added to the loss
+  for (std::int64_t r = 0; r < rows; ++r, d += padded(k, kPanel)) {
+    loss[r] = 0.0;
+    for (std::int64_t first = 0; first < k; first += kColumns) {
+      const std::int64_t end = smaller(k, first + kColumns);
+      Floats sum{};
+      std::int64_t i = first;
+      for (; i + kLanes <= end; i += kLanes) sum = fma(load(d + i) * load(diagonal + i), load(d + i), sum);
+      double total = 0.0;
+      for (int c = 0; c < kLanes; ++c) total += static_cast<double>(sum[c]);
+      for (; i < end; ++i) total += static_cast<double>(d[i] * diagonal[i]) * static_cast<double>(d[i]);
+      loss[r] += total;
+    }
+  }
+}
+
 // --- gram -----------------------------------------------------------------------------------------------------------
 
 // x is packed into panels of columns; the word of a column is its float, or where the level multiplies bfloat16
@@ -480,6 +497,7 @@ constexpr Kernels make_kernels(const char* name) {
           quantization_error,
           rounding_error,
           gram_loss,
+          diagonal_loss,
           kGramPanels * kGramPanel,
           gram_size,
           gram_pack,

@@ -18,6 +18,17 @@ void pack_triangle(const float* gram, std::int64_t stride, std::int64_t k, std::
       }
 }
 
+std::int64_t moments_size(const SearchArgs& a, std::int64_t size) {
+  return a.diagonal ? size : triangle_size(size, a.kernels->panel);
+}
+
+void pack_moments(const SearchArgs& a, const float* gram, std::int64_t stride, std::int64_t size, float* moments) {
+  if (a.diagonal)
+    std::copy_n(gram, size, moments);
+  else
+    pack_triangle(gram, stride, size, a.kernels->panel, moments);
+}
+
 void weight_means(const SearchArgs& a, std::int64_t begin, std::int64_t end, float* w_mean) noexcept {
   constexpr std::int64_t kColumns = 256;  // sums held at a time, so that nothing is allocated on a worker thread
   for (std::int64_t g = begin; g < end; ++g)
@@ -38,6 +49,12 @@ void weight_means(const SearchArgs& a, std::int64_t begin, std::int64_t end, flo
 }
 
 namespace {
+
+/// loss[r] = d_r G d_r^T for rows of d [rows, padded(size)].
+void losses(const SearchArgs& a, const float* d, std::int64_t rows, const float* moments, std::int64_t size,
+            double* loss) {
+  (a.diagonal ? a.kernels->diagonal_loss : a.kernels->gram_loss)(d, rows, moments, size, loss);
+}
 
 /// One scale for all channels with the same tie number: the geometric mean.
 void apply_tie(const std::int64_t* tie, std::int64_t k, std::vector<double>& scale) {
@@ -82,7 +99,7 @@ void scale_candidates(const float* x_mean, const float* w_mean, const std::int64
 
 std::int64_t scale_scratch_size(const SearchArgs& a) { return kSearchRows * padded(a.k, a.kernels->panel); }
 
-void scale_losses(const SearchArgs& a, const float* triangle, const float* candidate, const float* inv_candidate,
+void scale_losses(const SearchArgs& a, const float* moments, const float* candidate, const float* inv_candidate,
                   std::int64_t begin, std::int64_t end, float* scratch, double* loss) noexcept {
   const std::int64_t ld = padded(a.k, a.kernels->panel);
   bool finite[kSearchRows];
@@ -92,7 +109,7 @@ void scale_losses(const SearchArgs& a, const float* triangle, const float* candi
         a.kernels->quantization_error(a.w + row * a.k, candidate, inv_candidate, d, a.k, a.group, a.to);
     std::fill(finite[row - begin] ? d + a.k : d, d + ld, 0.0f);
   }
-  a.kernels->gram_loss(scratch, end - begin, triangle, a.k, loss);
+  losses(a, scratch, end - begin, moments, a.k, loss);
   for (std::int64_t row = begin; row < end; ++row)
     if (!finite[row - begin]) loss[row - begin] = std::numeric_limits<double>::infinity();
 }
@@ -108,7 +125,7 @@ namespace {
 struct ClipGroup {
   const SearchArgs& args;
   const float* w;
-  const float* triangle;
+  const float* moments;
   std::int64_t candidates;
   float* scratch;
 
@@ -123,7 +140,7 @@ struct ClipGroup {
       args.kernels->rounding_error(w, p, g, d);
       std::fill(d + g, d + ld, 0.0f);
     }
-    args.kernels->gram_loss(errors, candidates, triangle, g, loss);
+    losses(args, errors, candidates, moments, g, loss);
     for (std::int64_t t = 0; t < candidates; ++t)
       if (loss[t] < best_loss) {
         best_loss = loss[t];
@@ -137,7 +154,7 @@ struct ClipGroup {
 
 }  // namespace
 
-void clip_rows(const SearchArgs& a, const float* triangles, std::int64_t grid, double max_shrink, std::int64_t begin,
+void clip_rows(const SearchArgs& a, const float* moments, std::int64_t grid, double max_shrink, std::int64_t begin,
                std::int64_t end, float* scratch, float* range) noexcept {
   const std::int64_t groups = a.k / a.group;
   const double step = max_shrink / static_cast<double>(grid);
@@ -147,7 +164,7 @@ void clip_rows(const SearchArgs& a, const float* triangles, std::int64_t grid, d
       const auto [low, high] = std::minmax_element(w, w + a.group);
       float lo = std::min(*low, 0.0f), hi = std::max(*high, 0.0f);
       double loss = std::numeric_limits<double>::infinity();
-      ClipGroup group{a, w, triangles + g * triangle_size(a.group, a.kernels->panel), grid + 1, scratch};
+      ClipGroup group{a, w, moments + g * moments_size(a, a.group), grid + 1, scratch};
       group.best(lo, hi, step, step, lo, hi, loss);
       if (a.to.zero_point) {
         group.best(lo, hi, step, 0.0, lo, hi, loss);

@@ -306,29 +306,40 @@ AWQ_HOST_DEVICE inline void dequantize_fragments(const core::DequantizeArgs& a, 
   const std::int64_t groups = a.k / a.group, k0 = origin.k + warp / 4 * 64;
   const int strip = warp % 4, r = lane / 4, half = lane % 2;
   if (k0 >= a.k) return;
+  // The groups of these 64 along k: the first one, what is left of it, and the size of the next, neither above 64. So
+  // only one division is of 64 bits.
+  const std::int64_t first_group = k0 / a.group, rest = (first_group + 1) * a.group - k0;
+  const auto left = static_cast<unsigned>(rest < 64 ? rest : 64);
+  const auto size = static_cast<unsigned>(a.group < 64 ? a.group : 64);
+  const auto group_of = [&](unsigned place) { return first_group + (place + size - left) / size; };
   const std::uint32_t* const words =
       a.qweight + core::tile_word(codes_at, a.n, a.k, origin.n, k0) + strip * 128 + r * 16;
   for (int step = 0; step < 2; ++step) {
     const int j = 2 * step + lane % 4 / 2;
-    const std::int64_t first = k0 + 16 * j + 8 * half;
+    const unsigned place = 16 * static_cast<unsigned>(j) + 8 * static_cast<unsigned>(half);
+    const std::int64_t first = k0 + place;
     if (first >= a.k) return;
     std::uint32_t codes[4];
     for (int t = 0; t < 4; ++t) codes[t] = words[4 * t + j];
     for (int upper = 0; upper < 2; ++upper) {
       const std::int64_t row = origin.n + 16 * strip + r + 8 * upper;
       if (row >= a.n) break;
-      std::int64_t of = -1;  // group that scale and zero are of
       float scale = 0.0f, zero = 0.0f, values[8];
+      const auto enter = [&](std::int64_t g) {
+        scale = load_float<kScale>(a.scales, core::fragment_scale(a.n, groups, g, row));
+        const std::uint32_t zeros =
+            a.qzeros == nullptr
+                ? core::kSymmetricZero * 0x11u
+                : a.qzeros[core::tile_word(zeros_at, a.n, groups, row, g) + 2 * strip + r / 4] >> r % 4 * 8;
+        zero = offset_code(zeros, upper);
+      };
+      if (kWhole) enter(group_of(place));
+      std::int64_t of = -1;  // group that scale and zero are of
       for (int i = 0; i < 8; ++i) {
-        if (!kWhole && first + i >= a.k) break;
-        if (const std::int64_t g = (kWhole ? first : first + i) / a.group; g != of) {
-          of = g;
-          scale = load_float<kScale>(a.scales, core::fragment_scale(a.n, groups, g, row));
-          const std::uint32_t zeros =
-              a.qzeros == nullptr
-                  ? core::kSymmetricZero * 0x11u
-                  : a.qzeros[core::tile_word(zeros_at, a.n, groups, row, g) + 2 * strip + r / 4] >> r % 4 * 8;
-          zero = offset_code(zeros, upper);
+        if (!kWhole) {
+          if (first + i >= a.k) break;
+          const std::int64_t g = group_of(place + static_cast<unsigned>(i));
+          if (g != of) enter(of = g);
         }
         values[i] = (offset_code(codes[i / 2], 2 * half + upper + i % 2 * 4) - zero) * scale;
         if (!kWhole) core::store_as(a.w, kOut, row * a.k + first + i, values[i]);

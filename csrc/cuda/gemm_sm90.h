@@ -22,8 +22,10 @@ inline constexpr int kSm90Clusters[] = {1, 2, 4};
 
 /// Blocks that a multiprocessor is to hold: where the sums leave registers for two, these hide each other's waits. A
 /// warp scheduler has 512 registers for each lane. A block brings it a warp of each of three warp groups, so that a
-/// thread starts with 168 or, of two blocks, 80; then the warp group that copies gives of its own to the others.
+/// thread starts with a third of them or, of two blocks, a sixth, in whole eights; then the warp group that copies
+/// gives of its own to the others.
 constexpr int sm90_blocks(int tokens) { return tokens <= 32 ? 2 : 1; }
+constexpr int sm90_registers(int tokens) { return sm90_blocks(tokens) == 2 ? 80 : 168; }
 constexpr int sm90_copy_registers(int tokens) { return sm90_blocks(tokens) == 2 ? 48 : 56; }
 constexpr int sm90_multiply_registers(int tokens) { return sm90_blocks(tokens) == 2 ? 96 : 224; }
 

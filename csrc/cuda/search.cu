@@ -52,6 +52,7 @@ cudaError_t scale_errors(const ScaleErrorArgs& a, cudaStream_t stream) {
 }
 
 cudaError_t losses(const LossArgs& a, cudaStream_t stream) {
+  if (a.gram_stride == 0) return launch<diagonal_loss_body>(a, a.batches * a.rows, kWarps, 0, stream);
   const std::int64_t tiles = a.batches * product_tiles(a.rows) * product_tiles(a.k);
   return in_turn([&] { return launch<loss_body, 2>(a, tiles, 1, kProductShared, stream); },
                  [&] { return launch<row_loss_body>(a, a.batches * a.rows, kThreads, 0, stream); });

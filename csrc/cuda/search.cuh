@@ -175,14 +175,31 @@ AWQ_DEVICE void scale_error_body(const ScaleErrorArgs& a) {
   });
 }
 
+AWQ_DEVICE void store_loss(const LossArgs& a, std::int64_t item, double loss) {
+  const float verdict = a.verdict == nullptr ? 0.0f : ptx::load(a.verdict + item);
+  ptx::store(a.loss + item, verdict == 0.0f ? loss : static_cast<double>(verdict));
+}
+
 /// The loss of each row of d, from the parts that loss_body left.
 AWQ_DEVICE void row_loss_body(const LossArgs& a) {
   for_threads(a.batches * a.rows, [&](std::int64_t item) {
     const double* partial = a.partial + item / a.rows * product_tiles(a.k) * a.rows + item % a.rows;
     double loss = 0.0;
     for (std::int64_t tile = 0; tile < product_tiles(a.k); ++tile) loss += ptx::load(partial + tile * a.rows);
-    const float verdict = a.verdict == nullptr ? 0.0f : ptx::load(a.verdict + item);
-    ptx::store(a.loss + item, verdict == 0.0f ? loss : static_cast<double>(verdict));
+    store_loss(a, item, loss);
+  });
+}
+
+/// The loss of each row of d where G is its diagonal, by one warp.
+AWQ_DEVICE void diagonal_loss_body(const LossArgs& a) {
+  for_warps(a.batches * a.rows, [&](std::int64_t item) {
+    const float* d = a.d + item * a.k;
+    const float* diagonal = a.gram + item / a.rows * a.k;
+    double loss = 0.0;
+    for (std::int64_t i = ptx::thread() % kWarp; i < a.k; i += kWarp)
+      loss += static_cast<double>(ptx::load(d + i) * ptx::load(diagonal + i)) * ptx::load(d + i);
+    for (int distance = kWarp / 2; distance > 0; distance /= 2) loss += ptx::shuffle_xor(loss, distance);
+    if (ptx::thread() % kWarp == 0) store_loss(a, item, loss);
   });
 }
 
@@ -220,7 +237,7 @@ AWQ_DEVICE void clip_poison_body(const ClipArgs& a) {
   for_warps(a.k, [&](std::int64_t i) {
     float poison = 0.0f;
     for (std::int64_t j = i + ptx::thread() % kWarp; j < (i / a.group + 1) * a.group; j += kWarp)
-      poison += poison_of(ptx::load(a.gram + i * a.k + j));
+      poison += poison_of(ptx::load(a.gram + i * a.gram_stride + j));
     for (int distance = kWarp / 2; distance > 0; distance /= 2) poison += ptx::shuffle_xor(poison, distance);
     if (ptx::thread() % kWarp == 0) ptx::store(a.poison + i, poison);
   });

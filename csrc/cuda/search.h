@@ -52,7 +52,7 @@ struct ScaleErrorArgs {
 /// d G d^T for rows of d, batch after batch; the G of a batch is the next k x k block on the diagonal of a matrix.
 struct LossArgs {
   const float* d;     // [batches, rows, k]
-  const float* gram;  // rows gram_stride apart
+  const float* gram;  // rows gram_stride apart; 0: its diagonal, and the rest is zero
   std::int64_t batches, rows, k, gram_stride;
   double* partial;       // [batches, product_tiles(k), rows]
   const float* verdict;  // [batches, rows] as in ScaleErrorArgs, or nullptr
@@ -73,8 +73,8 @@ struct TotalArgs {
 /// in each candidate by candidate.
 struct ClipArgs {
   const float* w;     // [n, k]
-  const float* gram;  // [k, k]
-  std::int64_t n, k, group, row, rows;
+  const float* gram;  // [k, k], rows gram_stride apart; 0: its diagonal [k]
+  std::int64_t n, k, group, row, rows, gram_stride;
   core::Rounding to;
   std::int64_t candidates;
   double lo_step, hi_step;

@@ -229,10 +229,15 @@ void check_range(const char* op, const OptionalTensor& range, const Tensor& w, c
   check_same_device(op, w, "w", *range, "range");
 }
 
-void check_gram(const char* op, const Tensor& gram, const Tensor& w) {
+bool check_gram(const char* op, const Tensor& gram, const Tensor& w, bool diagonal_allowed) {
   check_given(op, "gram", gram);
-  expect(op, "gram", gram, {w.size(1), w.size(1)}, "[in_features, in_features]", ScalarType::Float);
+  const bool diagonal = diagonal_allowed && gram.dim() == 1;
+  if (diagonal)
+    expect(op, "gram", gram, {w.size(1)}, "[in_features], the diagonal", ScalarType::Float);
+  else
+    expect(op, "gram", gram, {w.size(1), w.size(1)}, "[in_features, in_features]", ScalarType::Float);
   check_same_device(op, w, "w", gram, "gram");
+  return diagonal;
 }
 
 void check_row_weight(const char* op, const OptionalTensor& row_weight, const Tensor& w) {

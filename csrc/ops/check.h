@@ -51,7 +51,8 @@ WeightShape check_float_weight(const char* op, const Tensor& w, std::int64_t gro
 void check_range(const char* op, const OptionalTensor& range, const Tensor& w, const WeightShape& shape);
 
 /// What the searches take besides w: shapes, dtypes and devices. The values are for the device to look at.
-void check_gram(const char* op, const Tensor& gram, const Tensor& w);
+/// Whether it is the diagonal alone, which has to be allowed.
+bool check_gram(const char* op, const Tensor& gram, const Tensor& w, bool diagonal_allowed = false);
 void check_row_weight(const char* op, const OptionalTensor& row_weight, const Tensor& w);
 void check_candidates(const char* op, const Tensor& x_mean, const OptionalTensor& tie, std::int64_t grid,
                       const Tensor& w);

@@ -279,15 +279,15 @@ OptionalTensor checked_row_weight(const char* op, const OptionalTensor& row_weig
 /// The loss of each of the scales [count, k] that w is multiplied by before it is rounded: float64 [count].
 Tensor losses_of_scales(const core::SearchArgs& args, const Tensor& scales, const Tensor& gram,
                         const OptionalTensor& row_weight) {
-  const std::int64_t count = scales.size(0), n = args.n, k = args.k, panel = args.kernels->panel;
+  const std::int64_t count = scales.size(0), n = args.n, k = args.k;
   const auto* scale = static_cast<const float*>(scales.const_data_ptr());
   Tensor inverses = new_empty(scales, {count, k}, ScalarType::Float);
   auto* inverse = static_cast<float*>(inverses.mutable_data_ptr());
   for (std::int64_t i = 0; i < count * k; ++i) inverse[i] = 1.0f / scale[i];
   const Tensor second_moment = as_contiguous(gram);
-  Tensor triangle = new_empty(gram, {core::triangle_size(k, panel)}, ScalarType::Float);
-  auto* packed = static_cast<float*>(triangle.mutable_data_ptr());
-  core::pack_triangle(static_cast<const float*>(second_moment.const_data_ptr()), k, k, panel, packed);
+  Tensor moments = new_empty(gram, {core::moments_size(args, k)}, ScalarType::Float);
+  auto* packed = static_cast<float*>(moments.mutable_data_ptr());
+  core::pack_moments(args, static_cast<const float*>(second_moment.const_data_ptr()), k, k, packed);
 
   const std::int64_t blocks = (n + core::kSearchRows - 1) / core::kSearchRows;
   Tensor row_losses = new_empty(gram, {count, n}, ScalarType::Double);
@@ -313,7 +313,7 @@ Tensor losses_of_scales(const core::SearchArgs& args, const Tensor& scales, cons
 Tensor scale_losses(const Tensor& w, const Tensor& candidates, const Tensor& gram, std::int64_t group_size,
                     std::int64_t w_bit, bool zero_point, OptionalTensor row_weight, std::optional<ScalarType> dtype) {
   const auto [n, k, group, groups] = check_float_weight("scale_losses", w, group_size);
-  check_gram("scale_losses", gram, w);
+  const bool diagonal = check_gram("scale_losses", gram, w, true);
   check_scales("scale_losses", candidates, w);
   const Tensor weight = as_contiguous(torch::stable::to(w, ScalarType::Float)), scales = as_contiguous(candidates);
   const auto* scale = static_cast<const float*>(scales.const_data_ptr());
@@ -325,7 +325,8 @@ Tensor scale_losses(const Tensor& w, const Tensor& candidates, const Tensor& gra
                               k,
                               group,
                               check_rounding("scale_losses", w_bit, zero_point, dtype),
-                              &core::best_kernels()};
+                              &core::best_kernels(),
+                              diagonal};
   return losses_of_scales(args, scales, gram, checked_row_weight("scale_losses", row_weight, w));
 }
 
@@ -369,7 +370,7 @@ std::tuple<Tensor, Tensor> search_scale(const Tensor& w, const Tensor& x_mean, c
                                         bool duo_scaling, bool zero_point, OptionalTensor tie,
                                         OptionalTensor row_weight, std::optional<ScalarType> dtype) {
   const auto [n, k, group, groups] = check_float_weight("search_scale", w, group_size);
-  check_gram("search_scale", gram, w);
+  const bool diagonal = check_gram("search_scale", gram, w, true);
   const OptionalTensor importance = checked_row_weight("search_scale", row_weight, w);
   const Tensor weight = as_contiguous(torch::stable::to(w, ScalarType::Float));
   const core::SearchArgs args{static_cast<const float*>(weight.const_data_ptr()),
@@ -377,7 +378,8 @@ std::tuple<Tensor, Tensor> search_scale(const Tensor& w, const Tensor& x_mean, c
                               k,
                               group,
                               check_rounding("search_scale", w_bit, zero_point, dtype),
-                              &core::best_kernels()};
+                              &core::best_kernels(),
+                              diagonal};
   const Tensor candidates = candidates_of("search_scale", args, w, x_mean, grid, duo_scaling, tie);
   const Tensor losses = losses_of_scales(args, candidates, gram, importance);
   const auto* loss = static_cast<const double*>(losses.const_data_ptr());
@@ -393,21 +395,25 @@ std::tuple<Tensor, Tensor> search_scale(const Tensor& w, const Tensor& x_mean, c
 Tensor search_clip(const Tensor& w, const Tensor& gram, std::int64_t group_size, std::int64_t w_bit, std::int64_t grid,
                    double max_shrink, bool zero_point, std::optional<ScalarType> dtype) {
   const auto [n, k, group, groups] = check_float_weight("search_clip", w, group_size);
-  check_gram("search_clip", gram, w);
+  const bool diagonal = check_gram("search_clip", gram, w, true);
   check_grid("search_clip", grid);
   check_shrink("search_clip", max_shrink);
-  const core::Kernels& kernels = core::best_kernels();
   const Tensor weight = as_contiguous(torch::stable::to(w, ScalarType::Float)), second_moment = as_contiguous(gram);
   check_finite("search_clip", "w", weight);
   check_finite("search_clip", "gram", second_moment);
-  const core::SearchArgs args{static_cast<const float*>(weight.const_data_ptr()),      n,       k, group,
-                              check_rounding("search_clip", w_bit, zero_point, dtype), &kernels};
-  const std::int64_t size = core::triangle_size(group, kernels.panel);
-  Tensor triangles = new_empty(w, {groups, size}, ScalarType::Float);
-  auto* packed = static_cast<float*>(triangles.mutable_data_ptr());
+  const core::SearchArgs args{static_cast<const float*>(weight.const_data_ptr()),
+                              n,
+                              k,
+                              group,
+                              check_rounding("search_clip", w_bit, zero_point, dtype),
+                              &core::best_kernels(),
+                              diagonal};
+  const std::int64_t size = core::moments_size(args, group);
+  Tensor moments = new_empty(w, {groups, size}, ScalarType::Float);
+  auto* packed = static_cast<float*>(moments.mutable_data_ptr());
   const auto* blocks = static_cast<const float*>(second_moment.const_data_ptr());
   for (std::int64_t g = 0; g < groups; ++g)
-    core::pack_triangle(blocks + g * group * (k + 1), k, group, kernels.panel, packed + g * size);
+    core::pack_moments(args, blocks + g * group * (diagonal ? 1 : k + 1), k, group, packed + g * size);
   Tensor range = new_empty(w, {n, groups, 2}, ScalarType::Float);
   auto* ends = static_cast<float*>(range.mutable_data_ptr());
   const std::int64_t row_blocks = (n + core::kSearchRows - 1) / core::kSearchRows;

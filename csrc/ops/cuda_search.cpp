@@ -50,7 +50,8 @@ Tensor candidates_of(const Tensor& w, const WeightShape& shape, const Tensor& x_
 
 /// The losses [count] of candidates [count, k], both contiguous, and with `scale` the one that loses least.
 Tensor losses_of(const Tensor& w, const WeightShape& shape, const Tensor& candidates, const Tensor& gram,
-                 const OptionalTensor& row_weight, core::Rounding to, Tensor* scale, cudaStream_t stream) {
+                 std::int64_t gram_stride, const OptionalTensor& row_weight, core::Rounding to, Tensor* scale,
+                 cudaStream_t stream) {
   const auto [n, k, group, groups] = shape;
   const std::int64_t count = candidates.size(0), items = count * n, most = at_a_time(items, k);
   const Tensor second_moment = as_contiguous(gram);
@@ -60,7 +61,7 @@ Tensor losses_of(const Tensor& w, const WeightShape& shape, const Tensor& candid
   Tensor row_loss = new_empty(w, {count, n}, ScalarType::Double), losses = new_empty(w, {count}, ScalarType::Double);
   cuda::for_scale_items(
       {floats_of(w), floats_of(candidates), n, k, group, 0, items, to, new_floats_of(d), new_floats_of(verdict)},
-      {floats_of(d), floats_of(second_moment), 1, most, k, k, new_doubles_of(partial), floats_of(verdict),
+      {floats_of(d), floats_of(second_moment), 1, most, k, gram_stride, new_doubles_of(partial), floats_of(verdict),
        new_doubles_of(row_loss)},
       most, [&](const cuda::ScaleErrorArgs& a) { STD_CUDA_CHECK(cuda::scale_errors(a, stream)); },
       [&](const cuda::LossArgs& a) { STD_CUDA_CHECK(cuda::losses(a, stream)); });
@@ -81,13 +82,14 @@ Tensor scale_losses(const Tensor& w, const Tensor& candidates, const Tensor& gra
                     std::int64_t w_bit, bool zero_point, OptionalTensor row_weight, std::optional<ScalarType> dtype) {
   const char* op = "scale_losses";
   const WeightShape shape = check_float_weight(op, w, group_size);
-  check_gram(op, gram, w);
+  const std::int64_t gram_stride = check_gram(op, gram, w, true) ? 0 : w.size(1);
   check_scales(op, candidates, w);
   check_row_weight(op, row_weight, w);
   const core::Rounding to = check_rounding(op, w_bit, zero_point, dtype);
   const OnDevice device(w);
   const NoGrad no_grad;
-  return losses_of(as_floats(w), shape, as_contiguous(candidates), gram, row_weight, to, nullptr, device.stream);
+  return losses_of(as_floats(w), shape, as_contiguous(candidates), gram, gram_stride, row_weight, to, nullptr,
+                   device.stream);
 }
 
 Tensor scale_candidates(const Tensor& w, const Tensor& x_mean, std::int64_t group_size, std::int64_t grid,
@@ -105,7 +107,7 @@ std::tuple<Tensor, Tensor> search_scale(const Tensor& w, const Tensor& x_mean, c
                                         OptionalTensor row_weight, std::optional<ScalarType> dtype) {
   const char* op = "search_scale";
   const WeightShape shape = check_float_weight(op, w, group_size);
-  check_gram(op, gram, w);
+  const std::int64_t gram_stride = check_gram(op, gram, w, true) ? 0 : w.size(1);
   check_candidates(op, x_mean, tie, grid, w);
   check_row_weight(op, row_weight, w);
   const core::Rounding to = check_rounding(op, w_bit, zero_point, dtype);
@@ -114,7 +116,7 @@ std::tuple<Tensor, Tensor> search_scale(const Tensor& w, const Tensor& x_mean, c
   const Tensor weight = as_floats(w);
   const Tensor candidates = candidates_of(weight, shape, x_mean, grid, duo_scaling, tie, device.stream);
   Tensor scale = new_empty(w, {shape.k}, ScalarType::Float);
-  const Tensor losses = losses_of(weight, shape, candidates, gram, row_weight, to, &scale, device.stream);
+  const Tensor losses = losses_of(weight, shape, candidates, gram, gram_stride, row_weight, to, &scale, device.stream);
   return {scale, losses};
 }
 
@@ -122,7 +124,7 @@ Tensor search_clip(const Tensor& w, const Tensor& gram, std::int64_t group_size,
                    double max_shrink, bool zero_point, std::optional<ScalarType> dtype) {
   const char* op = "search_clip";
   const auto [n, k, group, groups] = check_float_weight(op, w, group_size);
-  check_gram(op, gram, w);
+  const std::int64_t gram_stride = check_gram(op, gram, w, true) ? 0 : w.size(1);
   check_grid(op, grid);
   check_shrink(op, max_shrink);
   const core::Rounding to = check_rounding(op, w_bit, zero_point, dtype);
@@ -137,14 +139,15 @@ Tensor search_clip(const Tensor& w, const Tensor& gram, std::int64_t group_size,
   Tensor loss = new_empty(weight, {groups, most * tries}, ScalarType::Double);
   cuda::ClipArgs a{};
   a.w = floats_of(weight), a.gram = floats_of(second_moment);
-  a.n = n, a.k = k, a.group = group, a.to = to, a.candidates = tries;
+  a.n = n, a.k = k, a.group = group, a.gram_stride = gram_stride, a.to = to, a.candidates = tries;
   a.poison = new_floats_of(poison), a.range = new_floats_of(range), a.best = new_doubles_of(best);
   a.d = new_floats_of(d), a.loss = new_doubles_of(loss);
   STD_CUDA_CHECK(cuda::clip_start(a, device.stream));
   const cudaStream_t stream = device.stream;
   cuda::for_clip_tries(
-      a, {a.d, a.gram, groups, most * tries, group, k, new_doubles_of(partial), nullptr, new_doubles_of(loss)}, most,
-      max_shrink / static_cast<double>(grid),
+      a,
+      {a.d, a.gram, groups, most * tries, group, gram_stride, new_doubles_of(partial), nullptr, new_doubles_of(loss)},
+      most, max_shrink / static_cast<double>(grid),
       [&](const cuda::ClipArgs& part) { STD_CUDA_CHECK(cuda::clip_errors(part, stream)); },
       [&](const cuda::LossArgs& part) { STD_CUDA_CHECK(cuda::losses(part, stream)); },
       [&](const cuda::ClipArgs& part) { STD_CUDA_CHECK(cuda::clip_choose(part, stream)); });

@@ -45,9 +45,9 @@ STABLE_TORCH_LIBRARY(awq_ext, m) {
   // sum_rows row_weight d gram d^T, d = dequantize(quantize(w * c)) / c - w, that is the (weighted) squared error of
   // w x, its mean over all the tokens that gram was taken from. Candidates: the identity, x_mean^r, and with
   // duo_scaling x_mean^r / w_mean^(1-r), r = 1/grid .. 1.
-  //   w float [n, k], x_mean float32 [k] = mean |x|, gram float32 [k, k] = mean x^T x,
-  //   tie int64 [k]: channels with the same number share one scale (None: none do)
-  //   row_weight float32 [n]: how much each row's error counts (None: all the same)
+  //   w float [n, k], x_mean float32 [k] = mean |x|, gram float32 [k, k] = mean x^T x (or [k], its diagonal: the rest
+  //   is zero), tie int64 [k]: channels with the same number share one scale (None: none do) row_weight float32 [n]:
+  //   how much each row's error counts (None: all the same)
   //   -> scale float32 [k], losses float64 [candidates] (losses[0] is the identity's, i.e. round-to-nearest)
   // Rounding errors are the same on every device; the order of their sums is not. On CUDA, here and below, NaN comes
   // out where a CPU raises for values.
@@ -70,7 +70,7 @@ STABLE_TORCH_LIBRARY(awq_ext, m) {
   // The range [n, G, 2] float32 of each group that loses least, for `quantize`: shrinks the group's own range
   // in `grid` steps down to 1 - max_shrink, at both ends together and at each end alone; the loss of one group is
   // d gram_gg d^T with gram_gg the g x g block of gram on the diagonal. The whole range is always a candidate.
-  //   w float [n, k], gram float32 [k, k] -> range float32 [n, G, 2]
+  //   w float [n, k], gram float32 [k, k] or [k] -> range float32 [n, G, 2]
   m.def(
       "search_clip(Tensor w, Tensor gram, *, int group_size, int w_bit=4, int grid=20, float max_shrink=0.5, "
       "bool zero_point=True, ScalarType? dtype=None) -> Tensor");

@@ -86,6 +86,33 @@ TEST_CASE("gram_loss is d G d^T at every level") {
   }
 }
 
+TEST_CASE(
+    "diagonal_loss is gram_loss of a matrix that is zero off its diagonal, and reads no further, at every level") {
+  Random random(28);
+  for (const std::int64_t k : {1, 4, 33, 64, 100, 200, 301}) {
+    const auto diagonal = random.floats(k, 0.0, 3.0);
+    std::vector<float> gram(static_cast<std::size_t>(k * k));
+    for (std::int64_t i = 0; i < k; ++i)
+      gram[static_cast<std::size_t>(i * (k + 1))] = diagonal[static_cast<std::size_t>(i)];
+    for_levels([&](const Kernels& kernels) {
+      const std::int64_t ld = padded(k, kernels.panel);
+      for (const std::int64_t rows : {0, 1, 5}) {
+        std::vector<float> d(static_cast<std::size_t>(rows * ld), kNan);
+        for (std::int64_t r = 0; r < rows; ++r)
+          for (std::int64_t i = 0; i < k; ++i)
+            d[static_cast<std::size_t>(r * ld + i)] = static_cast<float>(random.uniform(-0.1, 0.1));
+        std::vector<double> loss(static_cast<std::size_t>(rows), -1.0);
+        kernels.diagonal_loss(d.data(), rows, diagonal.data(), k, loss.data());
+        for (std::int64_t r = 0; r < rows; ++r) {
+          const Loss expected = exact_loss(d.data() + r * ld, gram.data(), k, k);
+          CAPTURE(k, rows, r, expected.value);
+          REQUIRE(std::fabs(loss[static_cast<std::size_t>(r)] - expected.value) <= rounding_bound(expected, k));
+        }
+      }
+    });
+  }
+}
+
 TEST_CASE("quantization_error is what quantize does, with the same bits at every level") {
   Random random(22);
   struct Depth {

@@ -278,13 +278,14 @@ void Machine::run(const Launch& l, const Options& o, const std::function<void()>
   require(l.grid_x > 0 && l.grid_x < std::int64_t{1} << 31, "grid_x: 1 .. 2^31 - 1");
   require(l.grid_y > 0 && l.grid_y < 65536, "grid_y: 1 .. 65535");
   require(l.grid_x % l.cluster == 0, "grid_x must be a multiple of the cluster");
+  require(l.first_x >= 0 && l.first_x < l.grid_x && l.first_x % l.cluster == 0, "first_x begins a cluster");
   require(l.shared_bytes <= SharedMemory::kMost, "a block has at most 227 KiB of shared memory");
   start_globals();
   blocks.clear();
   error_ = nullptr;
   abandoning_ = false;
   for (std::int64_t y = 0; y < l.grid_y; ++y)
-    for (std::int64_t x = 0; x < l.grid_x; x += l.cluster) {
+    for (std::int64_t x = l.first_x; x < l.grid_x; x += l.cluster) {
       start_cluster(x, y);
       run_cluster(body);
       if (error_ != nullptr) std::rethrow_exception(std::exchange(error_, nullptr));

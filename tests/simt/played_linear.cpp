@@ -3,16 +3,12 @@
 // they give each kernel what it can take, and the rest to torch.
 #include <utility>
 
-#include "cuda/decode.cuh"
 #include "cuda/device_code.h"
-#include "cuda/gemm_sm80.cuh"
-#include "cuda/gemm_sm90.cuh"
 #include "cuda/gpu.h"
 #include "cuda/launch.h"
-#include "cuda/reduce.cuh"
 #include "ops/check.h"
 #include "ops/cuda.h"
-#include "simt/simt.h"
+#include "simt/play.h"
 
 namespace {
 
@@ -23,20 +19,9 @@ cuda::Gpu gpu = *cuda::find_gpu(90);
 const char* last = "";
 std::uint64_t seed = 0;
 
-simt::Launch launch_of(const cuda::CudaPlan& plan) {
-  simt::Launch launch;
-  launch.grid_x = plan.grid_x, launch.grid_y = plan.grid_y, launch.threads = plan.threads;
-  launch.cluster = plan.cluster, launch.shared_bytes = static_cast<std::uint32_t>(plan.shared_bytes);
-  launch.early = plan.early;
-  if (plan.kernel == cuda::CudaKernel::gemm_sm90) launch.registers = cuda::sm90_blocks(plan.tile_m) == 2 ? 80 : 168;
-  return launch;
-}
-
-/// Lets kernels touch what the call is about while play() runs: of x its rows and nothing between them, of y every
-/// element, which must be written, and the workspace, of which nothing is read before it is written.
-template <class Play>
-cudaError_t watched(const char* name, const core::LinearArgs& a, const cuda::CudaPlan& plan, void* workspace,
-                    const Play& play) {
+/// Lets the kernel touch what the call is about: of x its rows and nothing between them, of y every element, which must
+/// be written, and the workspace, of which nothing is read before it is written.
+cudaError_t play(const char* name, const core::LinearArgs& a, const cuda::CudaPlan& plan, void* workspace) {
   last = name;
   const auto bytes = [](std::int64_t count, std::int64_t size) { return static_cast<std::size_t>(count * size); };
   const std::int64_t panels = core::ceil_div(a.n, 64), groups = a.k / a.group;
@@ -49,15 +34,9 @@ cudaError_t watched(const char* name, const core::LinearArgs& a, const cuda::Cud
   simt::Global room(workspace, static_cast<std::size_t>(plan.workspace_bytes), true, "workspace");
   y.uninitialised(), room.uninitialised();
   words.weights(), scales.weights(), zeros.weights(), bias.weights();
-  play(simt::Options{.seed = seed++ % 5});
+  simt::play(a, plan, workspace, {.seed = seed++ % 5});
   if (!y.all_written()) throw simt::Error("not all of y is written");
   return cudaSuccess;
-}
-
-template <DType kType>
-void play_reduce(const core::LinearArgs& a, const float* partials, int splits, const simt::Options& options) {
-  simt::run({.grid_x = core::ceil_div(a.n, cuda::kReduceColumns), .grid_y = a.m, .threads = cuda::kReduceThreads},
-            options, [&] { cuda::reduce_body<kType>(a, partials, splits); });
 }
 
 /// Every thread of a kernel of device_code.h, which has no barrier but between two halves.
@@ -89,37 +68,13 @@ cudaError_t gpu_of(int, Gpu& answer) {
 }
 
 cudaError_t decode(const core::LinearArgs& a, const CudaPlan& plan, void* workspace, cudaStream_t) {
-  return watched("decode", a, plan, workspace, [&](const simt::Options& options) {
-    const DecodeCut cut = decode_cut(plan, a.k, a.group);
-    auto* const partials = static_cast<float*>(workspace);
-    with_decode(plan, a.x_type, decode_unit(a.k, a.group), [&]<DType kType, int kTiles, int kUnit>() {
-      simt::run(launch_of(plan), options, [&] { decode_body<kType, kTiles, kUnit>(a, cut, partials); });
-      if (partials != nullptr) play_reduce<kType>(a, partials, plan.splits, options);
-    });
-  });
+  return play("decode", a, plan, workspace);
 }
-
 cudaError_t gemm_sm80(const core::LinearArgs& a, const CudaPlan& plan, void* workspace, cudaStream_t) {
-  return watched("gemm_sm80", a, plan, workspace, [&](const simt::Options& options) {
-    auto* const partials = static_cast<float*>(workspace);
-    const bool small = gemm_sm80_small_groups(a.k, a.group);
-    with_gemm_sm80(plan, a.x_type, small, [&]<DType kType, int kTokens, bool kSmall>() {
-      simt::run(launch_of(plan), options, [&] { gemm_sm80_body<kType, kTokens, kSmall>(a, partials); });
-      if (partials != nullptr) play_reduce<kType>(a, partials, plan.splits, options);
-    });
-  });
+  return play("gemm_sm80", a, plan, workspace);
 }
-
 cudaError_t gemm_sm90(const core::LinearArgs& a, const CudaPlan& plan, void* workspace, cudaStream_t) {
-  return watched("gemm_sm90", a, plan, workspace, [&](const simt::Options& options) {
-    const bool found = with_gemm_sm90(plan.tile_m, a.x_type, [&]<DType kType, int kTokens>() {
-      const Sm90Cut cut({a.m, a.n, a.k, a.group, a.x_type, a.scale_type}, kTokens, plan.stages, plan.cluster);
-      TensorMap map;
-      simt::encode(map, a.x, 2, a.m, a.k, a.x_stride * 2, kTokens, kSm90Slice, true);
-      simt::run(launch_of(plan), options, [&] { gemm_sm90_body<kType, kTokens>(a, cut, &map); });
-    });
-    if (!found) throw simt::Error("no such tile");
-  });
+  return play("gemm_sm90", a, plan, workspace);
 }
 
 cudaError_t dequantize(const core::DequantizeArgs& a, cudaStream_t) {

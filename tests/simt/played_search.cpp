@@ -118,9 +118,14 @@ cudaError_t scale_errors(const ScaleErrorArgs& a, cudaStream_t) {
 }
 
 cudaError_t losses(const LossArgs& a, cudaStream_t) {
-  const Input gram(a.gram, a.gram_stride * a.gram_stride);
-  play(loss_body, a, kProductShared);
-  play(row_loss_body, a);
+  const std::int64_t size = a.batches * a.k;
+  const Input gram(a.gram, a.gram_stride == 0 ? size : size * size);
+  if (a.gram_stride == 0) {
+    play(diagonal_loss_body, a);
+  } else {
+    play(loss_body, a, kProductShared);
+    play(row_loss_body, a);
+  }
   return cudaSuccess;
 }
 
@@ -136,7 +141,7 @@ cudaError_t choose_scale(const TotalArgs& a, cudaStream_t) {
 }
 
 cudaError_t clip_start(const ClipArgs& a, cudaStream_t) {
-  const Input w(a.w, a.n * a.k), gram(a.gram, a.k * a.k);
+  const Input w(a.w, a.n * a.k), gram(a.gram, a.gram_stride == 0 ? a.k : a.k * a.k);
   play(clip_poison_body, a);
   play(clip_start_body, a);
   return cudaSuccess;

@@ -25,6 +25,7 @@ struct Launch {
   std::int64_t grid_x = 1, grid_y = 1;
   int threads = 32;                // of a block: a multiple of 32
   int cluster = 1;                 // blocks along x that run together
+  std::int64_t first_x = 0;        // those before it are not played: a slice of the grid
   std::uint32_t shared_bytes = 0;  // dynamic shared memory of a block
   int registers = 0;               // of a thread as compiled; 0: as many as the block's threads leave each other
   bool early = false;              // starts before the kernels before it have ended: see Global::weights

@@ -3,8 +3,10 @@
 #include <limits>
 #include <utility>
 
-#include "cuda/decode.cuh"
+#include "cuda/decode.h"
+#include "cuda/dequant.cuh"
 #include "linear_case.h"
+#include "play.h"
 
 using namespace awq;
 using core::DType;
@@ -21,28 +23,12 @@ cuda::CudaProblem problem(const LinearCase& c) {
   return {c.shape.m, c.shape.n, c.shape.k, c.shape.group, c.types.x, c.types.scale};
 }
 
-/// The kernel, and the one that adds if there is no cluster. The launch is early, as after a kernel that writes x.
-void play(const core::LinearArgs& args, const CudaPlan& plan, const simt::Options& options) {
-  simt::Buffer<float> partials(static_cast<std::size_t>(plan.workspace_bytes / 4));
+/// The launch is early, as after a kernel that writes x.
+void play(const core::LinearArgs& args, CudaPlan plan, const simt::Options& options) {
+  simt::Buffer<float> partials(static_cast<std::size_t>(plan.workspace_bytes / 4), "workspace");
   partials.global().uninitialised();
-  float* const workspace = plan.workspace_bytes > 0 ? partials.data() : nullptr;
-  const cuda::DecodeCut cut = cuda::decode_cut(plan, args.k, args.group);
-  cuda::with_decode(plan, args.x_type, cuda::decode_unit(args.k, args.group),
-                    [&]<DType kType, int kTiles, int kUnit>() {
-                      simt::run({.grid_x = plan.grid_x,
-                                 .grid_y = plan.grid_y,
-                                 .threads = plan.threads,
-                                 .cluster = plan.cluster,
-                                 .shared_bytes = static_cast<std::uint32_t>(plan.shared_bytes),
-                                 .registers = 128,
-                                 .early = true},
-                                options, [&] { cuda::decode_body<kType, kTiles, kUnit>(args, cut, workspace); });
-                      if (workspace != nullptr)
-                        simt::run({.grid_x = core::ceil_div(args.n, cuda::kReduceColumns),
-                                   .grid_y = args.m,
-                                   .threads = cuda::kReduceThreads},
-                                  options, [&] { cuda::reduce_body<kType>(args, workspace, plan.splits); });
-                    });
+  plan.early = true;
+  simt::play(args, plan, partials.data(), options);
 }
 
 /// Sixteen products at a time into a unit's sum; that, scaled, into a warp's; parts and splits; bias.
@@ -80,13 +66,22 @@ TEST_CASE("decode: groups and ends of k and n") {
   for (const Case& s : {Case{8, 1, 1}, Case{24, 7, 7}, Case{64, 63, 63}, Case{8, 65, 65}, Case{24, 200, 200},
                         Case{72, 1025, 1025}, Case{8, 16, 16}, Case{40, 80, 16}, Case{64, 96, 32}, Case{136, 144, 48},
                         Case{24, 240, 80}, Case{64, 288, 96}, Case{8, 336, 112}, Case{64, 128, 64}, Case{72, 576, 192},
-                        Case{64, 1280, 128}, Case{24, 2560, 320}, Case{16, 4160, 32}, Case{16, 2064, 16}})
+                        Case{64, 1152, 128}, Case{24, 2560, 320}, Case{16, 4160, 32}, Case{16, 2064, 16}})
     for (const DType x : {DType::f16, DType::bf16})
       for (const DType scale : test::kFloatTypes)
         for (const std::int64_t m : {3, 11}) {
           LinearCase c({m, s.n, s.k, s.group}, {x, scale, scale, scale != DType::f16, m == 3}, 16 - s.k % 8);
           check(c, cuda::decode_plan(problem(c), kHopper), {0, 1, 2});
         }
+}
+
+TEST_CASE("decode: a wide weight, as planned") {
+  for (const cuda::Gpu& gpu : {kHopper, kAda})
+    for (const std::int64_t m : {1, 16}) {
+      const DType x = m == 1 ? DType::f16 : DType::bf16;
+      LinearCase c({m, 4096, 128, 128}, {x, x, x, true, true});
+      check(c, cuda::decode_plan(problem(c), gpu), {0, 1});
+    }
 }
 
 TEST_CASE("a word of codes becomes q - z, exactly, for every code, zero and place") {

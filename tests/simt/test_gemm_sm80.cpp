@@ -3,8 +3,9 @@
 #include <limits>
 #include <vector>
 
-#include "cuda/gemm_sm80.cuh"
+#include "cuda/gemm_sm80.h"
 #include "linear_case.h"
+#include "play.h"
 
 using namespace awq;
 using core::DType;
@@ -30,22 +31,10 @@ CudaProblem problem(const LinearCase& c) {
   return {c.shape.m, c.shape.n, c.shape.k, c.shape.group, c.types.x, c.types.scale};
 }
 
-/// The kernel, and the one that adds where blocks share k.
 void play(const core::LinearArgs& args, const CudaPlan& plan, const simt::Options& options) {
-  simt::Buffer<float> workspace(static_cast<std::size_t>(plan.workspace_bytes / 4), "workspace");
-  workspace.global().uninitialised();
-  float* const partials = plan.splits > 1 ? workspace.data() : nullptr;
-  const simt::Launch launch{.grid_x = plan.grid_x,
-                            .grid_y = plan.grid_y,
-                            .threads = plan.threads,
-                            .shared_bytes = static_cast<std::uint32_t>(plan.shared_bytes)};
-  const simt::Launch adding{
-      .grid_x = core::ceil_div(args.n, cuda::kReduceColumns), .grid_y = args.m, .threads = cuda::kReduceThreads};
-  const bool small_groups = cuda::gemm_sm80_small_groups(args.k, args.group);
-  cuda::with_gemm_sm80(plan, args.x_type, small_groups, [&]<DType kType, int kTokens, bool kSmallGroups>() {
-    simt::run(launch, options, [&] { cuda::gemm_sm80_body<kType, kTokens, kSmallGroups>(args, partials); });
-    if (partials != nullptr) simt::run(adding, options, [&] { cuda::reduce_body<kType>(args, partials, plan.splits); });
-  });
+  simt::Buffer<float> partials(static_cast<std::size_t>(plan.workspace_bytes / 4), "workspace");
+  partials.global().uninitialised();
+  simt::play(args, plan, partials.data(), options);
 }
 
 /// Products of a group, in the end scaled and added to those of others, at least once a step; parts of k; bias.
@@ -77,11 +66,13 @@ Types types_of(int i) {
 
 TEST_CASE("gemm_sm80: rows and columns that no tile divides") {
   int i = 0;
-  for (const std::int64_t m : {17, 31, 33, 64, 65, 130})
+  for (const std::int64_t m : {17, 31, 33, 64, 65, 130, 329})
     for (const std::int64_t n : {8, 24, 64, 136}) {
-      LinearCase c = make({m, n, 192, 64}, types_of(i++));
+      LinearCase c = make({m, n, m < 329 ? 192 : 64, 64}, types_of(i++));
       check(c, 1, {0, 1});
     }
+  LinearCase wide = make({17, 4096, 64, 64}, {kHalf, kHalf, kHalf});
+  check(wide, cuda::gemm_sm80_plan(problem(wide), kAda), {0, 1});
 }
 
 TEST_CASE("gemm_sm80: groups and ends of k") {

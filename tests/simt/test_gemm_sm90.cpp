@@ -4,8 +4,9 @@
 #include <limits>
 #include <vector>
 
-#include "cuda/gemm_sm90.cuh"
+#include "cuda/gemm_sm90.h"
 #include "linear_case.h"
+#include "play.h"
 
 using namespace awq;
 using core::DType;
@@ -32,18 +33,12 @@ struct Cut {
 
 Cut cut_of(const CudaPlan& plan) { return {plan.tile_m, plan.stages, plan.cluster, plan.grid_x}; }
 
-template <DType kType, int kTokens>
-void play(const core::LinearArgs& args, const Cut& cut, const simt::Options& options) {
-  const Sm90Cut sm90({args.m, args.n, args.k, args.group, args.x_type, args.scale_type}, kTokens, cut.stages,
-                     cut.cluster);
-  cuda::TensorMap map;
-  simt::encode(map, args.x, 2, args.m, args.k, args.x_stride * 2, kTokens, cuda::kSm90Slice, true);
-  simt::run({.grid_x = cut.blocks == 0 ? std::int64_t{sm90.tiles} * cut.cluster : cut.blocks,
-             .threads = cuda::kSm90Threads,
-             .cluster = cut.cluster,
-             .shared_bytes = static_cast<std::uint32_t>(sm90.bytes()),
-             .registers = cuda::sm90_blocks(kTokens) == 2 ? 80 : 168},
-            options, [&] { cuda::gemm_sm90_body<kType, kTokens>(args, sm90, &map); });
+CudaPlan plan_of(const CudaProblem& p, const Cut& cut) {
+  const Sm90Cut sm90(p, cut.tokens, cut.stages, cut.cluster);
+  CudaPlan plan = cuda::sm90_plan(p, kHopper, cut.tokens, cut.cluster);
+  plan.stages = cut.stages, plan.shared_bytes = sm90.bytes();
+  plan.grid_x = cut.blocks == 0 ? std::int64_t{sm90.tiles} * cut.cluster : cut.blocks;
+  return plan;
 }
 
 /// Sixteen products at a time come to a sum in float32: where weights are exact that of a step, at most 128, and then
@@ -60,8 +55,7 @@ void check(LinearCase& c, const Cut& cut, std::initializer_list<std::uint64_t> s
   c.check(
       {additions(c, cut), cut.tokens > cuda::kSm90Exact},
       [&](const core::LinearArgs& args, const simt::Options& options) {
-        REQUIRE(cuda::with_gemm_sm90(cut.tokens, args.x_type,
-                                     [&]<DType kType, int kTokens>() { play<kType, kTokens>(args, cut, options); }));
+        simt::play(args, plan_of(problem(c), cut), nullptr, options);
       },
       seeds);
 }
@@ -142,8 +136,8 @@ TEST_CASE("gemm_sm90: clusters share k, blocks take one tile after the other") {
 }
 
 TEST_CASE("gemm_sm90: as it is planned") {
-  for (const std::int64_t m : {17, 31, 33, 64, 65, 128, 130}) {
-    LinearCase c({m, 64, 512, 128},
+  for (const std::int64_t m : {17, 31, 33, 64, 65, 128, 130, 256, 329}) {
+    LinearCase c({m, m == 31 ? 4096 : 64, m == 31 ? 128 : 512, 128},
                  {m % 2 == 0 ? DType::f16 : DType::bf16, m < 64       ? DType::f32
                                                          : m % 2 == 0 ? DType::f16
                                                                       : DType::bf16},

@@ -102,7 +102,7 @@ std::vector<float> clip_played(const float* w, const float* gram, std::int64_t n
   Made<float> poison(k), range(n * groups * 2), d(most * tries * k);
   Made<double> best(n * groups), partial(groups * product_tiles(group) * most * tries), loss(groups * most * tries);
   ClipArgs a{};
-  a.w = w, a.gram = gram, a.n = n, a.k = k, a.group = group, a.to = to, a.candidates = tries;
+  a.w = w, a.gram = gram, a.n = n, a.k = k, a.group = group, a.gram_stride = k, a.to = to, a.candidates = tries;
   a.poison = poison, a.range = range, a.best = best, a.d = d, a.loss = loss;
   play(clip_poison_body, a);
   play(clip_start_body, a);
@@ -279,6 +279,29 @@ TEST_CASE("search: losses are d G d^T, of the upper triangle alone, batch by bat
       REQUIRE(std::fabs(loss[static_cast<std::size_t>(row)] - expected.value) <= test::rounding_bound(expected, k));
     }
   }
+}
+
+TEST_CASE("search: where G is its diagonal, losses are sums of squares, and a verdict takes their place") {
+  Random random(90);
+  for (const std::int64_t k : {1, 31, 64, 200})
+    for (const std::int64_t batches : {1, 3}) {
+      constexpr std::int64_t rows = 11;
+      const Given<float> d(random.floats(batches * rows * k, -0.1, 0.1)),
+          diagonal(random.floats(batches * k, 0.0, 3.0));
+      std::vector<float> verdicts(static_cast<std::size_t>(batches * rows));
+      verdicts[2] = kInfinity;
+      const Given<float> verdict(verdicts);
+      Made<double> loss(batches * rows);
+      play(diagonal_loss_body, LossArgs{d, diagonal, batches, rows, k, 0, nullptr, verdict, loss});
+      REQUIRE(loss.whole());
+      for (std::int64_t row = 0; row < batches * rows; ++row) {
+        double expected = verdicts[static_cast<std::size_t>(row)];
+        for (std::int64_t i = 0; i < k; ++i)
+          expected += static_cast<double>(d[row * k + i]) * d[row * k + i] * diagonal[row / rows * k + i];
+        CAPTURE(k, batches, row, expected);
+        REQUIRE((loss[row] == expected || std::fabs(loss[row] - expected) <= 1e-6 * expected));
+      }
+    }
 }
 
 TEST_CASE("search: losses of all items are those of core, however many are worked on at a time") {
