@@ -28,10 +28,16 @@ const CpuFeatures& cpu_features() {
     f.avx512_bf16 = f.avx512_vnni && __builtin_cpu_supports("avx512bf16");
 #elif defined(__aarch64__) && defined(__linux__)
     f.neon_dotprod = (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0;
+    constexpr unsigned long kI8mm = 1ul << 13;  // HWCAP2_I8MM, which headers before Linux 5.6 do not name
+    f.neon_i8mm = f.neon_dotprod && (getauxval(AT_HWCAP2) & kI8mm) != 0;
 #elif defined(__aarch64__) && defined(__APPLE__)
-    int has = 0;
-    std::size_t size = sizeof has;
-    f.neon_dotprod = sysctlbyname("hw.optional.arm.FEAT_DotProd", &has, &size, nullptr, 0) == 0 && has != 0;
+    const auto has = [](const char* feature) {
+      int value = 0;
+      std::size_t size = sizeof value;
+      return sysctlbyname(feature, &value, &size, nullptr, 0) == 0 && value != 0;
+    };
+    f.neon_dotprod = has("hw.optional.arm.FEAT_DotProd");
+    f.neon_i8mm = f.neon_dotprod && has("hw.optional.arm.FEAT_I8MM");
 #endif
     return f;
   }();
@@ -49,6 +55,7 @@ const Kernels* const* all_kernels() {
     if (cpu_features().avx_vnni) list[count++] = &avx_vnni_kernels();
     if (cpu_features().avx2) list[count++] = &avx2_kernels();
 #elif defined(__aarch64__)
+    if (cpu_features().neon_i8mm) list[count++] = &neon_i8mm_kernels();
     if (cpu_features().neon_dotprod) list[count++] = &neon_dotprod_kernels();
 #endif
     list[count] = &portable_kernels();

@@ -11,6 +11,7 @@ struct CpuFeatures {
   bool avx512_vnni = false;
   bool avx512_bf16 = false;   // with avx512_vnni
   bool neon_dotprod = false;  // of Arm: SDOT, optional in ARMv8.2
+  bool neon_i8mm = false;     // with neon_dotprod: SMMLA
 };
 
 /// Asked of the CPU once.

@@ -23,7 +23,8 @@ struct LinearWork {
 };
 
 struct Kernels {
-  const char* name;    // "portable", "avx2", "avx_vnni", "avx512", "avx512_vnni", "avx512_bf16", "neon_dotprod"
+  const char*
+      name;  // "portable", "avx2", "avx_vnni", "avx512", "avx512_vnni", "avx512_bf16", "neon_dotprod", "neon_i8mm"
   std::int64_t strip;  // output columns that a linear kernel handles together, a multiple of eight
   std::int64_t panel;  // columns of a packed triangle that gram_loss handles together
 
@@ -99,6 +100,7 @@ const Kernels& avx512_vnni_kernels();
 const Kernels& avx512_bf16_kernels();
 #elif defined(__aarch64__)
 const Kernels& neon_dotprod_kernels();
+const Kernels& neon_i8mm_kernels();
 #endif
 
 }  // namespace awq::core

@@ -54,6 +54,13 @@ inline Words load_words(const std::uint32_t* p, std::int64_t count) {
   return v;
 }
 
+#if defined(__aarch64__)
+/// The first two words at p, zero beyond, by one instruction.
+inline Words load_two_words(const std::uint32_t* p) {
+  return reinterpret_cast<Words>(vcombine_u32(vld1_u32(p), vdup_n_u32(0)));
+}
+#endif
+
 /// a * b + c, rounded once where the level has the instruction.
 inline Floats fma(Floats a, Floats b, Floats c) {
 #if defined(__AVX512F__)
@@ -136,6 +143,15 @@ inline void store_as(void* data, DType t, std::int64_t i, Floats v) {
   for (int lane = 0; lane < kLanes; ++lane) awq::core::store_as(data, t, i + lane, static_cast<float>(v[lane]));
 }
 
+/// The upper nibble of every byte.
+inline Words upper_nibbles(Words v) {
+#if defined(__aarch64__)
+  return reinterpret_cast<Words>(vshrq_n_u8(reinterpret_cast<uint8x16_t>(v), 4));
+#else
+  return (v >> 4) & 0x0f0f0f0fu;
+#endif
+}
+
 /// Nibble i of every word, as float.
 inline Floats nibble(Words words, int i) {
 #if defined(__AVX512F__)
@@ -189,7 +205,7 @@ inline Ints load_bytes(const std::uint8_t* bytes) {
 #endif
 }
 
-/// Of every two neighbouring elements of kBits bits, exchanges the upper in a with the lower in b.
+/// Of every two neighbouring elements of kBits bits, exchanges the upper in a with the lower in b. 64 only on AArch64.
 template <int kBits>
 inline void exchange(Words& a, Words& b) {
 #if defined(__AVX512F__)
@@ -215,6 +231,11 @@ inline void exchange(Words& a, Words& b) {
     const auto x = reinterpret_cast<uint16x8_t>(a), y = reinterpret_cast<uint16x8_t>(b);
     a = reinterpret_cast<Words>(vtrn1q_u16(x, y));
     b = reinterpret_cast<Words>(vtrn2q_u16(x, y));
+    return;
+  } else if constexpr (kBits == 64) {
+    const auto x = reinterpret_cast<uint64x2_t>(a), y = reinterpret_cast<uint64x2_t>(b);
+    a = reinterpret_cast<Words>(vtrn1q_u64(x, y));
+    b = reinterpret_cast<Words>(vtrn2q_u64(x, y));
     return;
   }
 #endif

@@ -59,7 +59,8 @@ struct StripsWork {
   std::int64_t row, rows;  // of x
   std::int64_t tile_rows;  // 1 .. Kernels::strips_rows[digits - 1]
   int digits;
-  std::uint32_t* x;   // [tiles][segments][digit][size / 4][tile_rows] words of four neighbours' digits
+  std::uint32_t* x;   // [tiles][segments][digit][size / 4][tile_rows] words of four neighbours' digits;
+                      // for Arm's dot products [size / 8][tile_rows][2] at the end
   float* parameters;  // [tiles][segments][2][tile_rows]: step, and sum of v
 
   AWQ_HOST_DEVICE constexpr std::int64_t tiles() const { return ceil_div(rows, tile_rows); }

@@ -23,6 +23,26 @@ static_assert(kStripColumns % kPart == 0);
 inline constexpr int kRowsOfDigits[kMostDigits] = {kRegisters / 4, kRegisters / 4, kRegisters / 8};
 inline constexpr int kSumsAtOnce = kRegisters == 32 ? 12 : 4;
 
+// Rows of x whose octets stand side by side, as Arm's products read them.
+#if defined(__ARM_FEATURE_DOTPROD)
+inline constexpr int kTogether = 2;
+#else
+inline constexpr int kTogether = 1;
+#endif
+
+/// Rows that sums are declared of: the last one may lack its partner.
+template <int kRows>
+inline constexpr int kSumRows = (kRows + kTogether - 1) / kTogether * kTogether;
+
+/// Whether an instruction multiplies two rows of x by two columns. Of a single row that would waste half.
+#if defined(__ARM_FEATURE_MATMUL_INT8)
+template <int kRows>
+inline constexpr bool kByPairs = kRows > 1;
+#else
+template <int kRows>
+inline constexpr bool kByPairs = false;
+#endif
+
 // --- x -> digits ----------------------------------------------------------------------------------------------------
 
 struct Rounded {
@@ -87,11 +107,11 @@ inline void prepare_tile(const StripsWork& work, std::int64_t tile) {
       } else {
         std::memset(digits, 0, sizeof digits);
       }
-      std::uint32_t* out = words + work.words(begin) + r;
+      std::uint32_t* out = words + work.words(begin) + r * kTogether;
       for (int d = 0; d < kDigits; ++d, out += 2 * octets * rows) {
         if (rows == 1) std::memcpy(out, digits[d], static_cast<std::size_t>(octets * kOctet));
         for (std::int64_t quad = 0; quad < 2 * octets && rows > 1; ++quad)
-          std::memcpy(out + quad * rows, digits[d] + 4 * quad, sizeof *out);
+          std::memcpy(out + quad / kTogether * kTogether * rows + quad % kTogether, digits[d] + 4 * quad, sizeof *out);
       }
       parameters[work.floats(i) + r] = rounded.step;
       parameters[work.floats(i) + rows + r] = rounded.sum;
@@ -146,12 +166,6 @@ inline __attribute__((always_inline)) void dot(Ints (&sum)[kSums], Words low, Wo
       _mm256_add_epi16(_mm256_maddubs_epi16(reinterpret_cast<__m256i>(low), reinterpret_cast<__m256i>(x0)),
                        _mm256_maddubs_epi16(reinterpret_cast<__m256i>(high), reinterpret_cast<__m256i>(x1)));
   sum[0] += reinterpret_cast<Ints>(_mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
-#elif defined(__ARM_FEATURE_DOTPROD)
-  Ints& last = sum[kSums - 1];
-  sum[0] = reinterpret_cast<Ints>(vdotq_s32(reinterpret_cast<int32x4_t>(sum[0]), reinterpret_cast<int8x16_t>(low),
-                                            reinterpret_cast<int8x16_t>(x0)));
-  last = reinterpret_cast<Ints>(
-      vdotq_s32(reinterpret_cast<int32x4_t>(last), reinterpret_cast<int8x16_t>(high), reinterpret_cast<int8x16_t>(x1)));
 #elif defined(__aarch64__)
   const auto a = reinterpret_cast<int8x16_t>(low), b = reinterpret_cast<int8x16_t>(x0);
   const auto c = reinterpret_cast<int8x16_t>(high), d = reinterpret_cast<int8x16_t>(x1);
@@ -168,11 +182,34 @@ inline __attribute__((always_inline)) void dot(Ints (&sum)[kSums], Words low, Wo
 #endif
 }
 
+#if defined(__ARM_FEATURE_DOTPROD)
+/// The same for an octet of each of two rows. By pairs, low and high are octets of two columns each, and the sums those
+/// of both rows with the first two columns, and with the last two.
+template <int kRows, int kSums>
+inline __attribute__((always_inline)) void dot_rows(Ints (&first)[kSums], Ints (&second)[kSums], Words low, Words high,
+                                                    Words rows) {
+  const auto a = reinterpret_cast<int8x16_t>(low), b = reinterpret_cast<int8x16_t>(high);
+  const auto x = reinterpret_cast<int8x16_t>(rows);
+#if defined(__ARM_FEATURE_MATMUL_INT8)
+  if constexpr (kByPairs<kRows>) {
+    first[0] = reinterpret_cast<Ints>(vmmlaq_s32(reinterpret_cast<int32x4_t>(first[0]), x, a));
+    second[0] = reinterpret_cast<Ints>(vmmlaq_s32(reinterpret_cast<int32x4_t>(second[0]), x, b));
+    return;
+  }
+#endif
+  Ints &first_high = first[kSums - 1], &second_high = second[kSums - 1];
+  first[0] = reinterpret_cast<Ints>(vdotq_laneq_s32(reinterpret_cast<int32x4_t>(first[0]), a, x, 0));
+  first_high = reinterpret_cast<Ints>(vdotq_laneq_s32(reinterpret_cast<int32x4_t>(first_high), b, x, 1));
+  second[0] = reinterpret_cast<Ints>(vdotq_laneq_s32(reinterpret_cast<int32x4_t>(second[0]), a, x, 2));
+  second_high = reinterpret_cast<Ints>(vdotq_laneq_s32(reinterpret_cast<int32x4_t>(second_high), b, x, 3));
+}
+#endif
+
 /// sums[d][r][v] += the kDigits digits that begin at x times the codes of a part, for the octets of a segment.
 template <int kRows, int kDigits, int kSums>
 inline __attribute__((always_inline)) void add_products(const std::uint8_t* w, std::int64_t octets,
                                                         const std::uint32_t* x, std::int64_t ahead,
-                                                        Ints (&sums)[kDigits][kRows][kVectors][kSums]) {
+                                                        Ints (&sums)[kDigits][kSumRows<kRows>][kVectors][kSums]) {
   const std::int64_t digit = octets * 2 * kRows;  // words of x between one and the next
   for (std::int64_t o = 0; o < octets; ++o, w += kOctetBytes, x += 2 * kRows) {
     for (std::int64_t line = 0; line < kPart * 4; line += 64) __builtin_prefetch(w + ahead + line);
@@ -184,8 +221,22 @@ inline __attribute__((always_inline)) void add_products(const std::uint8_t* w, s
       asm("" : "+v"(codes));  // else g++ loads it twice, which takes as long as a product
 #endif
       low[v] = codes & 0x0f0f0f0fu;
-      high[v] = (codes >> 4) & 0x0f0f0f0fu;
+      high[v] = upper_nibbles(codes);
     }
+#if defined(__ARM_FEATURE_DOTPROD)
+    if constexpr (kByPairs<kRows>)
+#pragma GCC unroll 2
+      for (int v = 0; v < kVectors; ++v) riffle(low[v], high[v], low[v], high[v]);
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; r += 2)
+#pragma GCC unroll 3
+      for (int d = 0; d < kDigits; ++d) {
+        const std::uint32_t* const octet = x + d * digit + 2 * r;
+        const Words rows = r + 1 < kRows ? load_words(octet, kLanes) : load_two_words(octet);
+#pragma GCC unroll 2
+        for (int v = 0; v < kVectors; ++v) dot_rows<kRows>(sums[d][r][v], sums[d][r + 1][v], low[v], high[v], rows);
+      }
+#else
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 3
@@ -194,6 +245,7 @@ inline __attribute__((always_inline)) void add_products(const std::uint8_t* w, s
 #pragma GCC unroll 2
         for (int v = 0; v < kVectors; ++v) dot(sums[d][r][v], low[v], x0, high[v], x1);
       }
+#endif
   }
 }
 
@@ -203,13 +255,14 @@ inline __attribute__((always_inline)) void multiply_segment(const std::uint8_t* 
                                                             const std::uint32_t* x, std::int64_t ahead,
                                                             const float* parameters, const float* scales,
                                                             const float* zeros, float* acc) {
-  Floats values[kRows][kVectors];  // sum q v
+  constexpr int kHeld = kSumRows<kRows>;
+  Floats values[kHeld][kVectors];  // sum q v
   if constexpr (kRows * kDigits <= kSumsAtOnce) {
     constexpr int kSums = kChains<kRows>;
-    Ints sums[kDigits][kRows][kVectors][kSums] = {};
-    add_products(w, octets, x, ahead, sums);
+    Ints sums[kDigits][kHeld][kVectors][kSums] = {};
+    add_products<kRows>(w, octets, x, ahead, sums);
 #pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r)
+    for (int r = 0; r < kHeld; ++r)
 #pragma GCC unroll 2
       for (int v = 0; v < kVectors; ++v) {
         if constexpr (kSums == 2)
@@ -223,29 +276,38 @@ inline __attribute__((always_inline)) void multiply_segment(const std::uint8_t* 
       }
   } else {  // digit after digit: the codes are in the cache
     const std::int64_t digit = octets * 2 * kRows;
-    Ints sums[1][kRows][kVectors][1] = {};
-    add_products(w, octets, x, ahead, sums);
+    Ints sums[1][kHeld][kVectors][1] = {};
+    add_products<kRows>(w, octets, x, ahead, sums);
     if constexpr (kDigits > 1) {
 #pragma GCC unroll 8
-      for (int r = 0; r < kRows; ++r)
+      for (int r = 0; r < kHeld; ++r)
 #pragma GCC unroll 2
         for (int v = 0; v < kVectors; ++v) sums[0][r][v][0] <<= 8;
-      add_products(w, octets, x + digit, ahead, sums);
+      add_products<kRows>(w, octets, x + digit, ahead, sums);
     }
 #pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r)
+    for (int r = 0; r < kHeld; ++r)
 #pragma GCC unroll 2
       for (int v = 0; v < kVectors; ++v) values[r][v] = __builtin_convertvector(sums[0][r][v][0], Floats);
     if constexpr (kDigits > 2) {
-      Ints lowest[1][kRows][kVectors][1] = {};
-      add_products(w, octets, x + 2 * digit, ahead, lowest);
+      Ints lowest[1][kHeld][kVectors][1] = {};
+      add_products<kRows>(w, octets, x + 2 * digit, ahead, lowest);
 #pragma GCC unroll 8
-      for (int r = 0; r < kRows; ++r)
+      for (int r = 0; r < kHeld; ++r)
 #pragma GCC unroll 2
         for (int v = 0; v < kVectors; ++v)
           values[r][v] = fma(values[r][v], broadcast(256.0f), __builtin_convertvector(lowest[0][r][v][0], Floats));
     }
   }
+  if constexpr (kByPairs<kRows>)  // to a row each
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; r += 2)
+#pragma GCC unroll 2
+      for (int v = 0; v < kVectors; ++v) {
+        auto first = reinterpret_cast<Words>(values[r][v]), second = reinterpret_cast<Words>(values[r + 1][v]);
+        exchange<64>(first, second);
+        values[r][v] = reinterpret_cast<Floats>(first), values[r + 1][v] = reinterpret_cast<Floats>(second);
+      }
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
     const Floats step = broadcast(parameters[r]), minus_sum = broadcast(-parameters[kRows + r]);

@@ -27,6 +27,7 @@ py::dict cpu_features() {
   features["avx512_vnni"] = f.avx512_vnni;
   features["avx512_bf16"] = f.avx512_bf16;
   features["neon_dotprod"] = f.neon_dotprod;
+  features["neon_i8mm"] = f.neon_i8mm;
   return features;
 }
 
