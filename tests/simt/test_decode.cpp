@@ -84,6 +84,29 @@ TEST_CASE("decode: a wide weight, as planned") {
     }
 }
 
+TEST_CASE("decode: calls at random") {
+  test::Random random(16);
+  const auto below = [&](std::int64_t end) { return static_cast<std::int64_t>(random.bits() % end); };
+  int played = 0;
+  for (int i = 0; i < 100; ++i) {
+    const std::int64_t group = below(5) == 0 ? 1 + below(900) : 16 * (1 + below(12));
+    const std::int64_t k = group % 16 == 0 ? group * (1 + below(1500 / group + 1)) : group;
+    const std::int64_t steps = core::ceil_div(k, cuda::kDecodeStep);
+    LinearCase c({1 + below(16), 8 * (1 + below(40)), k, group},
+                 {below(2) == 0 ? DType::f16 : DType::bf16, test::kFloatTypes[below(3)], test::kFloatTypes[below(3)],
+                  below(3) != 0, below(2) == 0},
+                 (8 - k % 8) % 8 + 8 * below(3), random.bits());
+    int splits = 1 << below(4);
+    while (splits > steps) splits /= 2;
+    const cuda::Gpu& gpu = below(2) == 0 ? kHopper : kAda;
+    const CudaPlan plan = cuda::decode_plan(problem(c), gpu, static_cast<int>(below(4)), splits);
+    if (plan.shared_bytes > gpu.shared_bytes) continue;
+    check(c, plan, {random.bits(), random.bits()});
+    ++played;
+  }
+  REQUIRE(played > 60);
+}
+
 TEST_CASE("a word of codes becomes q - z, exactly, for every code, zero and place") {
   const auto all = [&]<DType kType>() {
     for (std::uint32_t low = 0; low < 16; ++low)

@@ -174,10 +174,12 @@ TEST_CASE("gemm_sm80: many tiles", "[.slow]") {
       }
 }
 
-TEST_CASE("gemm_sm80: calls of any kind", "[.slow]") {
-  test::Random random(1);
+namespace {
+
+void check_at_random(int calls, std::uint32_t seed) {
+  test::Random random(seed);
   const auto below = [&](std::int64_t end) { return static_cast<std::int64_t>(random.bits() % end); };
-  for (int i = 0; i < 400; ++i) {
+  for (int i = 0; i < calls; ++i) {
     const std::int64_t group = below(5) == 0 ? 1 + below(700) : 16 * (1 + below(12));
     const std::int64_t k = group % 16 == 0 ? group * (1 + below(700 / group + 1)) : group;
     const std::int64_t steps = core::ceil_div(k, 64);
@@ -187,6 +189,12 @@ TEST_CASE("gemm_sm80: calls of any kind", "[.slow]") {
     check(c, cuda::gemm_sm80_plan(problem(c), tokens, splits), {random.bits(), random.bits()});
   }
 }
+
+}  // namespace
+
+TEST_CASE("gemm_sm80: calls at random") { check_at_random(60, 80); }
+
+TEST_CASE("gemm_sm80: more calls at random", "[.slow]") { check_at_random(400, 1); }
 
 TEST_CASE("gemm_sm80: plans") {
   const auto plan = [](std::int64_t m, std::int64_t n, std::int64_t k, std::int64_t group, const Gpu& gpu) {
