@@ -65,13 +65,14 @@ class Kernel:
 
     @cached_property
     def loops(self) -> list[tuple[Instruction, ...]]:
-        """The innermost loops that multiply matrices: from the target of a branch back to the branch."""
+        """The innermost loops that multiply matrices: from the target of a branch back to the branch. Behind the end of
+        the kernel there are pieces of its code, of lanes that part, which jump back but are no loops."""
         found = []
         for branch in self.code:
             target = re.match(r"BRA(?:\.\w+)* .*?\b0x([0-9a-f]+)", branch.text)
             if target and int(target[1], 16) <= branch.address:
                 body = tuple(i for i in self.code if int(target[1], 16) <= i.address <= branch.address)
-                if any(MATRIX.match(i.text) for i in body):
+                if any(MATRIX.match(i.text) for i in body) and not any(i.name == "EXIT" for i in body):
                     found.append(body)
         inside = lambda a, b: a is not b and b[0].address <= a[0].address and a[-1].address <= b[-1].address  # noqa: E731
         return [loop for loop in found if not any(inside(other, loop) for other in found)]

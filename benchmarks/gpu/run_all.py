@@ -84,7 +84,7 @@ STEPS = {
         ),
     ),
     "sanitize": Step(
-        "memory accesses, races and barriers of every kernel, on small and odd shapes",
+        "memory accesses, races and barriers of the linear kernels, on small and odd shapes",
         420,
         tuple(sanitized(tool, kernel) for tool in TOOLS for kernel in SWEPT),
         ("compute-sanitizer", SWEEP),

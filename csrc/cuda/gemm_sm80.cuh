@@ -23,8 +23,11 @@ struct GemmSm80Groups {
   AWQ_DEVICE GemmSm80Groups(const core::LinearArgs& a, int step)
       : size(static_cast<int>(core::ceil_div(a.group, 16))), first(4 * step / size), left(size - 4 * step % size) {}
 
-  AWQ_DEVICE void next() {
-    for (left -= 4; left <= 0; left += size) ++first;
+  /// To the next step; at most `most` groups end in one. A loop without that limit would become a division.
+  AWQ_DEVICE void next(int most) {
+    left -= 4;
+    for (int i = 0; i < most; ++i)
+      if (left <= 0) ++first, left += size;
   }
 };
 
@@ -66,7 +69,7 @@ class GemmSm80Copies {
 
     copy(stage, scales_);
     copy(stage, zeros_);
-    groups_.next();
+    groups_.next(kCut.groups());
   }
 
  private:
@@ -248,7 +251,7 @@ AWQ_DEVICE void gemm_sm80_body(const core::LinearArgs& a, float* partials) {
       }
       if (kSmallGroups && left == 0) ++g, left = groups.size;
     }
-    groups.next();
+    groups.next(kCut.groups());
   }
   ptx::sync_threads();  // all have done with the last step
   gemm_sm80_store<kType, kCut>(a, partials, row, token, lane, ring, sums);
