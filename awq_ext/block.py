@@ -305,9 +305,8 @@ class _Work:
         def compensate(names: Sequence[str], statistics: Statistics) -> Mapping[str, nn.Module]:
             self.say(f"codes of {', '.join(names[:3])}")
             give_back()
-            # An expert may be reached by tokens only that are held out, or that the original's router sends elsewhere.
             gram = correction = None
-            if statistics.tokens:
+            if statistics.tokens:  # experts may be called with none
                 gram = _with_ridge(statistics.result(self.prefix + names[0])[1], statistics.tokens)
                 correction = None if statistics.drift is None else _correction(gram, statistics.drift)
             quantized.update({name: self._quantized(name, gram, correction) for name in names})

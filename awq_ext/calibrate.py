@@ -85,7 +85,9 @@ BATCH = 2
 """Rows that are run together, if they are of one length."""
 
 HELD_OUT = 8
-"""The last of every so many batches is held out: nothing is chosen by it, and it has to confirm what was chosen."""
+"""The last of every so many batches is held out: no scale is chosen by it, and it has to confirm those that were. Codes
+that are chosen together fit the tokens they are chosen on closely, and all the better the more there are: these batches
+count there. (SmolLM2-135M, 16 batches: the divergence on another text is 5 and 1 % lower than without these two.)"""
 
 SENSITIVITY_TOKENS = 4096
 """The first batches with so many tokens show how sensitive a block is: an average over them has long settled."""
@@ -247,8 +249,8 @@ class BlockInputs:
         estimator). So a search that weighs rows by it minimises the error of the block and not of its linears one by
         one. The signs depend on ``seed``, the block and the batch.
 
-        ``keep``: the statistics of what is not held out keep their ``inputs``, in 16 bits, of modules that read one
-        vector for every token.
+        ``keep``: the statistics keep their ``inputs``, in 16 bits, of modules that read one vector for every token;
+        those of the batches held out are with the others.
         """
         statistics = {name: Statistics(self.ranks) for name in watched}
         held_out = {name: Statistics(self.ranks) for name in watched}
@@ -257,10 +259,9 @@ class BlockInputs:
 
         def watch(name: str) -> Any:
             def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
-                counted = (held_out if number in self.held_out else statistics)[name]
-                counted.add(args[0], slot)
-                if keep and number not in self.held_out and self._is_whole(args[0], at):
-                    counted.inputs[at] = args[0].detach().to(torch.bfloat16, copy=True)
+                (held_out if number in self.held_out else statistics)[name].add(args[0], slot)
+                if keep and self._is_whole(args[0], at):
+                    statistics[name].inputs[at] = args[0].detach().to(torch.bfloat16, copy=True)
 
             return hook
 
@@ -347,8 +348,8 @@ class BlockInputs:
         """Move the quantized model's hidden states on through its block, while its linears are quantized one by one.
 
         ``quantize(names, statistics)`` returns what stands in for the linears ``names``, which are one list of
-        ``order``, given the statistics of what they read when all that is called before them is quantized, batches held
-        out left out. Returns what it returned for all of them. It is not called for linears that no token reaches.
+        ``order``, given the statistics of what they read when all that is called before them is quantized. Returns what
+        it returned for all of them. It is not called for linears that no token reaches.
         ``original(name)``: what a linear reads in the original model, by batch, and what that is to be divided by. If
         it is known for all batches, the statistics have a `drift`.
 
@@ -391,11 +392,10 @@ class BlockInputs:
                     return done
                 statistics = Statistics(self.ranks)
                 ready = [at for at in sorted(waiting) if waiting[at][0] == first]
-                counted = [at for at in ready if self.places[at][0] not in self.held_out]
                 kept, scale = original(order[first][0])
-                known = all(at in kept and self._is_whole(waiting[at][1], at) for at in counted)
+                known = all(at in kept and self._is_whole(waiting[at][1], at) for at in ready)
                 known = self.ranks.least(int(known)) == 1
-                for at in counted:
+                for at in ready:
                     other = kept[at].float() / scale.to(kept[at].device) if known else None
                     statistics.add(waiting[at][1], self.places[at][1], other)
                 done.update(quantize(order[first], statistics))

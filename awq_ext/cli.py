@@ -143,8 +143,7 @@ def _parser() -> argparse.ArgumentParser:
         choices=("awq", "awq+", "gptq", "rtn"),
         default="awq",
         help="awq (default): scales and clipped ranges are searched; awq+: also the codes of a weight are chosen "
-        "together, and scales and norms tuned end to end; gptq: codes chosen together, without scales or tuning; rtn: "
-        "round to nearest, no calibration",
+        "together; gptq: that without scales; rtn: round to nearest, no calibration",
     )
     sub.add_argument(
         "--group-size",
@@ -159,8 +158,9 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--tune-passes",
         type=int,
+        default=0,
         metavar="N",
-        help="how often to go over the calibration data to tune scales and norms (default: 1 with awq+, else 0)",
+        help="how often to go over the calibration data in the end to tune scales and norms (default: 0)",
     )
     sub.add_argument("--blocks", metavar="NAME", help="the list of decoder blocks (default: the one with most weights)")
     sub.add_argument(

@@ -54,7 +54,7 @@ def quantize(
     duo_scaling: bool = True,
     apply_clip: bool = True,
     scaled_activations: bool | None = None,
-    tune_passes: int | None = None,
+    tune_passes: int = 0,
     quant_config: Mapping[str, Any] | None = None,
     search_results: Any = None,
     allow_pickle: bool = False,
@@ -98,7 +98,7 @@ def quantize(
             checkpoints know them.
         tune_passes: how many times to go over the calibration data, when all blocks are done, to tune the scales of all
             groups and the weights of all norms by the divergence of the model's predictions from the original's
-            (:mod:`awq_ext.tune`). The quantized model is then in memory. None: 1 with ``"awq+"``, else 0.
+            (:mod:`awq_ext.tune`). The quantized model is then in memory.
         quant_config: AutoAWQ's dictionary; its ``w_bit``, ``q_group_size``, ``zero_point``, ``version`` and
             ``modules_to_not_convert`` win over the arguments.
         search_results: llm-awq's file of scales and clips (``--dump_awq``), or the dictionary in it. They are applied
@@ -148,8 +148,6 @@ def quantize(
         raise ValueError(f"quantize: method must be one of {', '.join(METHODS)}, got {method!r}")
     if search_results is not None and method != "awq":
         raise ValueError(f"quantize: search_results are of method 'awq', got method {method!r}")
-    if tune_passes is None:
-        tune_passes = int(method == "awq+")
     if tune_passes < 0 or (tune_passes and (method == "rtn" or search_results is not None)):
         raise ValueError(f"quantize: tune_passes must be 0 or more, and 0 without calibration, got {tune_passes}")
     if samples is None:

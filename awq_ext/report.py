@@ -22,7 +22,8 @@ class Loss:
     calibration: float
     """On the tokens that scales, ranges and codes were chosen on."""
     held_out: float | None
-    """On those that were held out; None: there are none, or none reached it."""
+    """On those held out, by which no scale and no range of rounding to nearest was chosen, but codes that were chosen
+    together; None: there are none, or none reached it."""
     salient: float
     """The part of `calibration` that salient channels have in it: 0.1 is a tenth. Parts of channels add up to 1; where
     errors cancel, one may be negative or larger than 1."""
@@ -133,7 +134,7 @@ class Report:
     search_results: str | None = None
     """Where scales and clips come from if they were not searched: the file of llm-awq's."""
     calibration_tokens: int = 0
-    """All of them, `held_out_tokens` of which confirmed scales and chose nothing."""
+    """All of them, `held_out_tokens` of which confirmed scales and chose none."""
     held_out_tokens: int = 0
     calibration: str = ""
     """What the calibration tokens are: how many rows, and what was glued, cut, dropped or left out to make them."""

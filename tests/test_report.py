@@ -201,12 +201,17 @@ def test_codes_chosen_together_are_told_apart_from_the_nearest() -> None:
 
 def test_codes_suit_tokens_that_they_are_not_chosen_on(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few tokens for the linears' inputs: fitted to these alone, the codes would lose more on others."""
-    losses = {}
+    others = torch.randint(0, 96, (64, 24), generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        wanted = small_model("llama")(others).logits
+    fitted, losses = {}, {}
     for ridge in (0.0, block.RIDGE):
         monkeypatch.setattr(block, "RIDGE", ridge)
-        linears = quantize(small_model("llama"), method="awq+", **{**ROWS, "seq_len": 6}).awq_report.quantized
-        losses[ridge] = [sum(getattr(x.final, which) for x in linears) for which in ("calibration", "held_out")]
-    assert losses[block.RIDGE][0] > losses[0.0][0] and losses[block.RIDGE][1] < 0.9 * losses[0.0][1], losses
+        model = quantize(small_model("llama"), method="awq+", **{**ROWS, "seq_len": 6})
+        fitted[ridge] = sum(x.final.calibration for x in model.awq_report.quantized)
+        with torch.no_grad():
+            losses[ridge] = float((model.float()(others).logits - wanted).square().mean())
+    assert fitted[block.RIDGE] > fitted[0.0] and losses[block.RIDGE] < 0.9 * losses[0.0], (fitted, losses)
 
 
 def test_a_scale_that_held_out_tokens_do_not_confirm_is_not_used() -> None:

@@ -23,7 +23,7 @@ OPTIONS: dict[str, Any] = {"calibration": ids(), "samples": 4, "seq_len": 32, "q
 
 
 def quantized(model: nn.Module, **options: Any) -> nn.Module:
-    return quantize(copy.deepcopy(model), **{**OPTIONS, "method": "awq+", **options})
+    return quantize(copy.deepcopy(model), **{**OPTIONS, "method": "awq+", "tune_passes": 1, **options})
 
 
 def divergence(model: nn.Module, original: nn.Module) -> float:
@@ -129,11 +129,11 @@ def test_files_get_what_memory_gets(tmp_path: Path) -> None:
     small_model("llama", torch.float16).save_pretrained(tmp_path / "original")
     in_memory = quantized(load_float(tmp_path / "original", "auto"))
     assert in_memory.awq_report.tuned.kept
-    streamed = quantize(tmp_path / "original", out=tmp_path / "out", method="awq+", **OPTIONS)
+    streamed = quantize(tmp_path / "original", out=tmp_path / "out", method="awq+", tune_passes=1, **OPTIONS)
     for model in (streamed, load_quantized(tmp_path / "out", dtype=torch.float16)):
         for (name, mine), theirs in zip(in_memory.state_dict().items(), model.state_dict().values(), strict=True):
             assert torch.equal(mine, theirs), name
-    again = quantize(tmp_path / "original", method="awq+", **OPTIONS)
+    again = quantize(tmp_path / "original", method="awq+", tune_passes=1, **OPTIONS)
     for (name, mine), theirs in zip(in_memory.state_dict().items(), again.state_dict().values(), strict=True):
         assert torch.equal(mine, theirs), name
 
