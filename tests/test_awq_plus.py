@@ -73,7 +73,7 @@ def test_codes_chosen_together_have_scales_and_ranges_for_that(method: str, monk
         search = getattr(ops, name)
 
         def look(*args: torch.Tensor, name: str = name, at: int = at, search: Any = search, **kwargs: Any) -> object:
-            seen[name].append(torch.equal(args[at], torch.diag(args[at].diagonal())))
+            seen[name].append(args[at].dim() == 1)  # a diagonal
             return search(*args, **kwargs)
 
         monkeypatch.setattr(ops, name, look)
