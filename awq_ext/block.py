@@ -51,6 +51,8 @@ class Settings:
     apply_clip: bool
     scaled_activations: bool | None
     seed: int
+    tuned: bool
+    """Whether the model is tuned in the end. Batches held out judge that, so no code may be chosen by them."""
 
     def group_of(self, in_features: int) -> int:
         """How many of so many input channels share a scale."""
@@ -306,7 +308,7 @@ class _Work:
             self.say(f"codes of {', '.join(names[:3])}")
             give_back()
             gram = correction = None
-            if statistics.tokens:  # experts may be called with none
+            if statistics.tokens:  # an expert may be called with none, or with such only that are held out
                 gram = _with_ridge(statistics.result(self.prefix + names[0])[1], statistics.tokens)
                 correction = None if statistics.drift is None else _correction(gram, statistics.drift)
             quantized.update({name: self._quantized(name, gram, correction) for name in names})
@@ -324,7 +326,9 @@ class _Work:
             for name, parameter in self.block.named_parameters():
                 if name.rpartition(".")[0] not in self.linears:
                     parameter.data = parameter.data.to(self.dtypes[name]).float()
-            self.calibration.rows.quantize_in_turn(self.index, self.block, self.linears, order, compensate, original)
+            self.calibration.rows.quantize_in_turn(
+                self.index, self.block, self.linears, order, compensate, original, all_count=not self.settings.tuned
+            )
         for name in self.linears:
             if name not in quantized:
                 self.say(f"codes of {name}")
