@@ -99,7 +99,7 @@ def quantize(
         tune_passes: how many times to go over the calibration data, when all blocks are done, to tune the scales of all
             groups and the weights of all norms by the divergence of the model's predictions from the original's
             (:mod:`awq_ext.tune`). The quantized model is then in memory, and codes are chosen without the tokens held
-            out, which judge the result. Once takes a third more time with ``"awq+"``.
+            out, which judge the result.
         quant_config: AutoAWQ's dictionary; its ``w_bit``, ``q_group_size``, ``zero_point``, ``version`` and
             ``modules_to_not_convert`` win over the arguments.
         search_results: llm-awq's file of scales and clips (``--dump_awq``), or the dictionary in it. They are applied
