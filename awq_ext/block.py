@@ -268,7 +268,7 @@ class _Work:
         gram = shared.gram
         if self.settings.method in COMPENSATING:
             gram = unpredicted(gram, RIDGE * len(gram) / shared.tokens)
-        found = search_scale(
+        scale, best, rtn, loss = search_scale(
             weight,
             shared.x_mean.to(weight.device),
             gram.to(weight.device),
@@ -278,13 +278,8 @@ class _Work:
             tie=None if fold.tie is None else fold.tie.to(weight.device),
             **self.rounding,
         )
-        scale = found.scale
         report = FoldReport(
-            self.prefix + fold.producer,
-            [self.prefix + name for name in fold.readers],
-            found.loss_rtn,
-            found.loss,
-            found.candidate,
+            self.prefix + fold.producer, [self.prefix + name for name in fold.readers], rtn, loss, _candidate_name(best)
         )
         if len(shared.grams) > 1:  # tokens that had no part in the choice have to agree
             identity = torch.ones_like(scale)
@@ -294,7 +289,7 @@ class _Work:
             )
             report.held_out_rtn, report.held_out = both.tolist()
             if both[1] > both[0]:
-                scale, report.refused, report.candidate = identity, report.candidate, "identity"
+                scale, report.refused, report.candidate = identity, report.candidate, _candidate_name(0)
                 report.loss, report.held_out = report.loss_rtn, report.held_out_rtn
         self.report.folds.append(report)
         for name in names:
@@ -425,3 +420,11 @@ def _correction(gram: Tensor, drift: Tensor) -> Tensor:
 def _restore(block: nn.Module, dtypes: Mapping[str, torch.dtype]) -> None:
     for name, parameter in block.named_parameters():
         parameter.data = parameter.data.to(dtypes[name])
+
+
+def _candidate_name(index: int) -> str:
+    if index == 0:
+        return "identity"
+    duo, step = divmod(index - 1, GRID)
+    ratio = (step + 1) / GRID
+    return f"x^{ratio:g} / w^{1 - ratio:g}" if duo else f"x^{ratio:g}"

@@ -86,7 +86,7 @@ class FoldReport:
     """Of the identity, on the calibration tokens; `loss` that of the scale that was used."""
     loss: float
     candidate: str
-    """What was used, see :class:`awq_ext.search.Found`."""
+    """What was used: 'identity', 'x^r' or 'x^r / w^(1-r)'."""
     held_out_rtn: float | None = None
     """Both on the tokens held out."""
     held_out: float | None = None
