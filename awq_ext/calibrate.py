@@ -217,14 +217,14 @@ class BlockInputs:
     @fast_products()
     def advance(self, index: int, block: nn.Module) -> None:
         """Move the original model's hidden states on through its block."""
-        with _fast_linears(block):
+        with fast_linears(block):
             for at in range(len(self.hidden)):
                 self.hidden[at] = self._run(index, block, at).detach()
 
     @fast_products()
     def advance_quantized(self, index: int, block: nn.Module) -> None:
         """Move the quantized model's hidden states on through its block."""
-        with _fast_linears(block), fast_forward():
+        with fast_linears(block), fast_forward():
             for at, hidden in enumerate(self.quantized):
                 self.quantized[at] = self._call(index, block, hidden)
 
@@ -281,7 +281,7 @@ class BlockInputs:
 
             return hook
 
-        with _fast_linears(block), ExitStack() as hooks:
+        with fast_linears(block), ExitStack() as hooks:
             for name, module in watched.items():
                 hooks.callback(module.register_forward_pre_hook(watch(name)).remove)
             for name, linear in (linears or {}).items():
@@ -384,7 +384,7 @@ class BlockInputs:
                 name, read = reached
                 waiting[at] = turn[name], read
 
-        with _fast_linears(block), ExitStack() as restored:
+        with fast_linears(block), ExitStack() as restored:
             for name, linear in linears.items():
                 restored.enter_context(forward_replaced(linear, stand_in(name)))
             runs = [greenlet.greenlet(self._call) for _ in self.quantized]
@@ -424,7 +424,7 @@ def forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator
 
 
 @contextmanager
-def _fast_linears(block: nn.Module) -> Iterator[None]:
+def fast_linears(block: nn.Module) -> Iterator[None]:
     """The linears of a block, quantized or not, compute as `_fast_forward` says."""
     with ExitStack() as restored:
         for module in block.modules():

@@ -184,6 +184,13 @@ def _parser() -> argparse.ArgumentParser:
         action=argparse.BooleanOptionalAction,
         help="glue rows into full windows (default: texts, not token ids)",
     )
+    data.add_argument(
+        "--generated",
+        type=int,
+        default=0,
+        metavar="N",
+        help="windows more that the model writes itself, from the beginnings of the others (default: 0)",
+    )
     data.add_argument("--shuffle", action="store_true", help="draw the windows or rows by --seed, not the first ones")
     data.add_argument(
         "--seed", type=int, default=0, metavar="N", help="of --shuffle and the estimates of the search (default: 0)"
@@ -314,6 +321,7 @@ def _quantize(args: argparse.Namespace) -> Output:
         seq_len=args.seq_len,
         shuffle=args.shuffle,
         pack=args.pack,
+        generated=args.generated,
         seed=args.seed,
         q_group_size=args.group_size,
         zero_point=not args.no_zero_point,

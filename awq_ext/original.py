@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,11 @@ class Original:
     @contextmanager
     def outside(self) -> Iterator[None]:
         """While open, what the model needs to be run up to the last block is in memory."""
+        yield
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """While open, all of the model is in memory."""
         yield
 
     def load(self, index: int) -> nn.Module:
@@ -131,6 +137,13 @@ class Streamed(Original):
         self._places.fill(needed)
         yield
         self._places.clear(needed)
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        every = [*self._outside, *chain.from_iterable(self._in_block)]
+        self._places.fill(every)
+        yield
+        self._places.clear(every)
 
     def load(self, index: int) -> nn.Module:
         self._places.fill(self._in_block[index])

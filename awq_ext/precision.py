@@ -68,3 +68,19 @@ def product(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
         return y if bias is None else y + bias
 
     return multiply
+
+
+@contextmanager
+def in_float32(model: nn.Module) -> Iterator[dict[Tensor, torch.dtype]]:
+    """While it is open, all floats of the model are float32 and none asks for a gradient. Gives their own dtypes."""
+    floats = [t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()]
+    dtypes, trained = {t: t.dtype for t in floats}, {id(t) for t in floats if t.requires_grad}
+    try:
+        for tensor in floats:
+            tensor.requires_grad_(False)
+            tensor.data = tensor.data.float()
+        yield dtypes
+    finally:
+        for tensor, dtype in dtypes.items():
+            tensor.data = tensor.data.to(dtype)
+            tensor.requires_grad_(id(tensor) in trained)

@@ -21,6 +21,7 @@ from awq_ext.calibrate import BlockInputs
 from awq_ext.checkpoint import check_replaceable, load_quantized, write_checkpoint
 from awq_ext.config import QuantConfig
 from awq_ext.errors import CalibrationError, CheckpointError, UnsupportedModelError
+from awq_ext.generated import write_rows
 from awq_ext.hub import resolve
 from awq_ext.original import Original, open_original
 from awq_ext.pretrained import is_quantized_directory, load_float
@@ -45,6 +46,7 @@ def quantize(
     seq_len: int = 512,
     shuffle: bool = False,
     pack: bool | None = None,
+    generated: int = 0,
     seed: int = 0,
     w_bit: int = 4,
     q_group_size: int = 128,
@@ -80,7 +82,11 @@ def quantize(
             samples None: 128, or the 32 that the built-in text is sure to have.
         shuffle: draw the windows or rows by ``seed``, instead of using the first.
         pack: glue rows and cut them into full windows. None: texts are, token ids are not.
-        seed: of what ``shuffle`` draws, and of the random signs in the estimate of how much each linear's rows matter.
+        generated: so many rows more, which the model writes itself, each from the beginning of one of the others
+            (:mod:`awq_ext.generated`): a better model from little text. It has to be a model of transformers, and all
+            of it is in memory while it writes.
+        seed: of what ``shuffle`` draws, of what the model writes, and of the random signs in the estimate of how much
+            each linear's rows matter.
         w_bit: 4, or 2..8 to see what other numbers of bits would do. Those are only simulated: linears stay nn.Linear,
             with weights that are rounded to them and then to the model's dtype (float32 holds them exactly).
         q_group_size: input channels that share a scale and a zero; -1 is all of them.
@@ -151,6 +157,8 @@ def quantize(
         raise ValueError(f"quantize: search_results are of method 'awq', got method {method!r}")
     if tune_passes < 0 or (tune_passes and (method == "rtn" or search_results is not None)):
         raise ValueError(f"quantize: tune_passes must be 0 or more, and 0 without calibration, got {tune_passes}")
+    if generated < 0 or (generated and (method == "rtn" or search_results is not None)):
+        raise ValueError(f"quantize: generated must be 0 or more, and 0 without calibration, got {generated}")
     if samples is None:
         samples = 32 if isinstance(calibration, str) and calibration == BUILTIN_TEXT else 128
     start = time.perf_counter()
@@ -186,7 +194,7 @@ def quantize(
         tuned=tune_passes > 0,
     )
     durable = None if source is None or results is not None else out
-    run = _Run(original, settings, tune_passes, progress)
+    run = _Run(original, settings, generated, tune_passes, progress)
     with torch.no_grad():
         report = run.run(data, _Durable(durable, source, resume) if durable and source else None)
     report.seconds = time.perf_counter() - start
@@ -288,8 +296,11 @@ def _refuse_quantized(config: Any, name: str) -> None:
 class _Run:
     """One run over one model."""
 
-    def __init__(self, original: Original, settings: Settings, tune_passes: int, progress: Progress) -> None:
-        self.original, self.settings, self.tune_passes, self.progress = original, settings, tune_passes, progress
+    def __init__(
+        self, original: Original, settings: Settings, generated: int, tune_passes: int, progress: Progress
+    ) -> None:
+        self.original, self.settings, self.progress = original, settings, progress
+        self.generated, self.tune_passes = generated, tune_passes
         self.model: Any = original.model
         self.config = getattr(self.model, "config", None)  # None: it is no transformers model
         self.ranks = Ranks()
@@ -353,6 +364,9 @@ class _Run:
         original, calibration, rows = self.original, None, list[Tensor]()
         if self.settings.method != "rtn" and original.plan is None:
             found = data()
+            self._check_tokens(found.rows)
+            if self.generated:
+                found = self._with_generated(found)
             calibration, rows = self._calibration(found.rows), found.rows
             self.report.calibration_tokens, self.report.calibration = found.tokens, found.note
             self.report.held_out_tokens = calibration.rows.held_out_tokens
@@ -450,12 +464,26 @@ class _Run:
         index, _, local = inside.partition(".")
         return self.files.read(int(index), local)
 
+    def _with_generated(self, found: Windows) -> Windows:
+        """More rows, written by the model; rank 0 does it for all."""
+        total = self.generated * max(map(len, found.rows))
+        with self.progress.task("write calibration rows", total=total) as task:
+
+            def write() -> list[Tensor]:
+                with self.original.whole():
+                    return write_rows(
+                        self.model, found.rows, self.generated, seed=self.settings.seed, done=task.advance
+                    )
+
+            written = self.ranks.first(write)
+        memory.give_back()
+        note = f"{found.note}; {sum(map(len, written))} tokens in {len(written)} rows that the model wrote itself"
+        return Windows([*found.rows, *written], note)
+
     def _calibration(self, rows: list[Tensor]) -> Calibration:
         ids = torch.cat(rows)
-        longest = max(map(len, rows))
-        limit = self._check_tokens(ids, longest)
         # Few tokens, whatever they are, show how a block is made.
-        several = min(SEVERAL_TOKENS, max(limit, longest))
+        several = min(SEVERAL_TOKENS, max(self._positions, *map(len, rows)))
         need = max(SINGLE_TOKENS, 2 * several)
         few = ids[:need].repeat(-(-need // len(ids)))
         model, blocks = self.model, self.original.blocks
@@ -469,18 +497,22 @@ class _Run:
             self.original.unload(0)
         return calibration
 
-    def _check_tokens(self, ids: Tensor, longest: int) -> int:
-        """Raises CalibrationError unless the model can take them; returns how long a row it can (0: unknown)."""
+    @property
+    def _positions(self) -> int:
+        """How long a row the model can take; 0: unknown."""
+        return getattr(self.config, "max_position_embeddings", None) or 0
+
+    def _check_tokens(self, rows: list[Tensor]) -> None:
+        """Raises CalibrationError unless the model can take them."""
+        ids, longest = torch.cat(rows), max(map(len, rows))
         vocab = self.model.get_input_embeddings().num_embeddings if self.config is not None else None
         if vocab is not None and (int(ids.max()) >= vocab or int(ids.min()) < 0):
             raise CalibrationError(
                 f"calibration token ids span {int(ids.min())}..{int(ids.max())}, but the model's vocabulary has "
                 f"{vocab}: the tokenizer is of another model"
             )
-        limit = getattr(self.config, "max_position_embeddings", None)
-        if limit is not None and longest > limit:
-            raise CalibrationError(f"seq_len {longest} is longer than the model's {limit} positions")
-        return limit or 0
+        if 0 < self._positions < longest:
+            raise CalibrationError(f"seq_len {longest} is longer than the model's {self._positions} positions")
 
 
 def _other_weights(name: str, module: nn.Module, reason: str | None) -> list[LinearReport]:

@@ -26,7 +26,7 @@ from awq_ext.errors import CalibrationError
 from awq_ext.fold import divide_norm
 from awq_ext.linear import AwqLinear
 from awq_ext.memory import give_back
-from awq_ext.precision import fast_dtype, fast_products, product
+from awq_ext.precision import fast_dtype, fast_products, in_float32, product
 from awq_ext.ranks import generator
 from awq_ext.report import Tuned
 from awq_ext.trace import is_norm
@@ -82,7 +82,7 @@ def tune(
     Raises CalibrationError if the divergence is not finite before anything is tuned, or the model returns no logits.
     """
     order = [i for n in range(passes) for i in torch.randperm(len(batches), generator=generator(seed, n)).tolist()]
-    with _in_gemm_layout(linears), _in_float32(model) as dtypes:
+    with _in_gemm_layout(linears), in_float32(model) as dtypes:
         student = _Student(model, blocks, linears, run)
         optimizer = torch.optim.Adam(student.logs, lr=RATE, betas=(0.9, 0.95))
         for log in student.logs:
@@ -119,22 +119,6 @@ def _in_gemm_layout(linears: Iterable[nn.Module]) -> Iterator[None]:
     finally:
         for linear in packed:
             linear.repack()
-
-
-@contextmanager
-def _in_float32(model: nn.Module) -> Iterator[dict[Tensor, torch.dtype]]:
-    """While it is open, all floats of the model are float32 and none asks for a gradient. Gives their own dtypes."""
-    floats = [t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()]
-    dtypes, trained = {t: t.dtype for t in floats}, {id(t) for t in floats if t.requires_grad}
-    try:
-        for tensor in floats:
-            tensor.requires_grad_(False)
-            tensor.data = tensor.data.float()
-        yield dtypes
-    finally:
-        for tensor, dtype in dtypes.items():
-            tensor.data = tensor.data.to(dtype)
-            tensor.requires_grad_(id(tensor) in trained)
 
 
 class _Student:

@@ -127,7 +127,9 @@ def one_process(number: int, count: int, directory: Path) -> None:
     options: dict[str, Any] = {"calibration": rows, "samples": len(rows), "seq_len": 16, "q_group_size": 16}
     original = directory / "original"
     result = {method: digest(quantize(original, method=method, **options)) for method in ("gptq", "awq")}
-    result["awq+"] = digest(quantize(original, method="awq+", tune_passes=1, out=directory / f"out-{count}", **options))
+    options |= {"generated": 2, "tune_passes": 1}
+    result["awq+"] = digest(quantize(original, method="awq+", out=directory / f"out-{count}", **options))
+    options |= {"generated": 0, "tune_passes": 0}
     try:
         quantize_to(original, directory / "none", **{**options, "q_group_size": 48})
     except ValueError as error:

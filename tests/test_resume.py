@@ -26,7 +26,7 @@ from awq_ext.quantizer import quantize_to
 
 KILLS = int(os.environ.get("AWQ_KILLS", "6"))
 OPTIONS: dict[str, Any] = {"calibration": ids(), "samples": 4, "seq_len": 32, "q_group_size": 16}
-OPTIONS |= {"method": "awq+", "tune_passes": 1}
+OPTIONS |= {"method": "awq+", "tune_passes": 1, "generated": 2}
 
 
 def files_of(directory: Path) -> dict[str, bytes]:
@@ -65,7 +65,7 @@ def interrupt(monkeypatch: pytest.MonkeyPatch, index: int) -> None:
 def test_the_bytes_and_the_report_are_those_of_one_run(
     original: Path, method: str, tune_passes: int, tmp_path: Path
 ) -> None:
-    options = {**OPTIONS, "method": method, "tune_passes": tune_passes}
+    options = {**OPTIONS, "method": method, "tune_passes": tune_passes, "generated": 0 if method == "rtn" else 2}
     whole = quantize_to(original, tmp_path / "whole", **options)
     with pytest.MonkeyPatch.context() as patch:
         interrupt(patch, 1)
@@ -137,7 +137,7 @@ def test_other_settings_are_named(original: Path, tmp_path: Path, monkeypatch: p
 def test_a_full_disk_is_told_and_what_was_written_is_good(
     original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = {**OPTIONS, "method": "rtn", "tune_passes": 0}
+    options = {**OPTIONS, "method": "rtn", "tune_passes": 0, "generated": 0}
     quantize_to(original, tmp_path / "whole", **options)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(BlockFiles, "_rename", full_at("block-00001.safetensors", BlockFiles._rename))
