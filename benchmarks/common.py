@@ -19,10 +19,12 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def cpu_name() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next(
-        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
-    )
+    """What the processor calls itself, with family and model where Linux tells: "AMD EPYC" alone is many machines."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().partition("\n\n")[0].splitlines() if path.exists() else []
+    told = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    kind = [f"{key.split()[-1]} {told[key]}" for key in ("cpu family", "model") if key in told]
+    return ", ".join([told.get("model name", platform.processor()), *kind])
 
 
 def facts() -> dict[str, object]:
