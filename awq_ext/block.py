@@ -51,8 +51,6 @@ class Settings:
     apply_clip: bool
     scaled_activations: bool | None
     seed: int
-    tuned: bool
-    """Whether the model is tuned in the end. Batches held out judge that, so no code may be chosen by them."""
 
     def group_of(self, in_features: int) -> int:
         """How many of so many input channels share a scale."""
@@ -68,6 +66,14 @@ class Calibration:
     """Many windows of one token."""
     several: BlockInputs
     """A few windows of several tokens, the same for all ranks."""
+    tuning: BlockInputs | None = None
+    """What the model is tuned on in the end, the same for all ranks; only the original's hidden states matter."""
+
+    def advance(self, index: int, block: nn.Module) -> None:
+        """Move what is the same for all ranks on through the original's block."""
+        for inputs in (self.several, self.tuning):
+            if inputs is not None:
+                inputs.advance(index, block)
 
 
 @dataclass
@@ -112,7 +118,7 @@ class BlockQuantizer:
         if self.calibration is not None:
             block.float().requires_grad_(False)
             self.calibration.rows.advance(index, block)
-            self.calibration.several.advance(index, block)
+            self.calibration.advance(index, block)
         install()
         if self.calibration is not None and self.settings.method in COMPENSATING:
             dtypes = {name: parameter.dtype for name, parameter in block.named_parameters()}
@@ -185,7 +191,7 @@ class _Work:
         self.say("looking for folds")
         folds = self._find_folds() if searched else []
         order = several.reading_order(self.index, self.block, self.linears)
-        several.advance(self.index, self.block)
+        self.calibration.advance(self.index, self.block)
         self.say("statistics")
         first = {reader: fold.readers[0] for fold in folds for reader in fold.readers}
         watched = {first.get(name, name): self.block.get_submodule(first.get(name, name)) for name in self.linears}
@@ -326,9 +332,7 @@ class _Work:
             for name, parameter in self.block.named_parameters():
                 if name.rpartition(".")[0] not in self.linears:
                     parameter.data = parameter.data.to(self.dtypes[name]).float()
-            self.calibration.rows.quantize_in_turn(
-                self.index, self.block, self.linears, order, compensate, original, all_count=not self.settings.tuned
-            )
+            self.calibration.rows.quantize_in_turn(self.index, self.block, self.linears, order, compensate, original)
         for name in self.linears:
             if name not in quantized:
                 self.say(f"codes of {name}")

@@ -87,8 +87,8 @@ BATCH = 2
 HELD_OUT = 8
 """The last of every so many batches is held out: no scale is chosen by it, and it has to confirm those that were. Codes
 that are chosen together fit the tokens they are chosen on closely (a divergence of 0.053 there, of 0.091 on others of
-the same text), and better the more there are, so these count among them, unless they are to judge the tuning of what
-comes out. (SmolLM2-135M, 16 batches. Without these two the divergence on another text is 5 and 1 % larger.)"""
+the same text), and better the more there are, so these count among them. (SmolLM2-135M, 16 batches. Without these two
+the divergence on another text is 5 and 1 % larger.)"""
 
 SENSITIVITY_TOKENS = 4096
 """The first batches with so many tokens show how sensitive a block is: an average over them has long settled."""
@@ -345,15 +345,12 @@ class BlockInputs:
         order: Sequence[Sequence[str]],
         quantize: Callable[[Sequence[str], Statistics], Mapping[str, nn.Module]],
         original: Callable[[str], tuple[Mapping[int, Tensor], Tensor]] = lambda name: ({}, torch.ones(())),
-        *,
-        all_count: bool = True,
     ) -> dict[str, nn.Module]:
         """Move the quantized model's hidden states on through its block, while its linears are quantized one by one.
 
         ``quantize(names, statistics)`` returns what stands in for the linears ``names``, which are one list of
         ``order``, given the statistics of what they read when all that is called before them is quantized. Returns what
-        it returned for all of them. It is not called for linears that no token reaches. ``all_count``: the statistics
-        are of all batches, or of those that are not held out.
+        it returned for all of them. It is not called for linears that no token reaches. Batches held out count, too.
         ``original(name)``: what a linear reads in the original model, by batch, and what that is to be divided by. If
         it is known for all batches, the statistics have a `drift`.
 
@@ -396,11 +393,10 @@ class BlockInputs:
                     return done
                 statistics = Statistics(self.ranks)
                 ready = [at for at in sorted(waiting) if waiting[at][0] == first]
-                counted = [at for at in ready if all_count or self.places[at][0] not in self.held_out]
                 kept, scale = original(order[first][0])
-                known = all(at in kept and self._is_whole(waiting[at][1], at) for at in counted)
+                known = all(at in kept and self._is_whole(waiting[at][1], at) for at in ready)
                 known = self.ranks.least(int(known)) == 1
-                for at in counted:
+                for at in ready:
                     other = kept[at].float() / scale.to(kept[at].device) if known else None
                     statistics.add(waiting[at][1], self.places[at][1], other)
                 done.update(quantize(order[first], statistics))

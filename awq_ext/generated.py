@@ -28,11 +28,12 @@ def write_rows(
     model: Any,
     rows: Sequence[Tensor],
     count: int,
+    length: int,
     *,
-    seed: int = 0,
+    seed: tuple[int, int] = (0, 0),
     done: Callable[[int], None] = lambda tokens: None,
 ) -> list[Tensor]:
-    """``count`` rows of token ids, int64, each as long as the longest of ``rows`` (int64 [length] each).
+    """``count`` rows of token ids, int64 [length] each; ``rows`` are some that are given, int64 [any] each.
 
     They begin as one of ``rows`` each, in turn, and go on with tokens drawn from all that the model predicts there
     (temperature 1), whatever these are: behind the token that ends a text a new one begins. The numbers that draw them
@@ -46,14 +47,14 @@ def write_rows(
     if not hasattr(model, "generation_config"):
         raise CalibrationError(
             f"only a causal language model of transformers can write rows, got a {type(model).__name__}; "
-            "pass generated=0 and more calibration data"
+            "pass generated=0 and tune_passes=0"
         )
-    length, begin = max(map(len, rows)), min(PROMPT, *map(len, rows))
+    begin = min(PROMPT, length, *map(len, rows))
     prompts = torch.stack([rows[i % len(rows)][:begin] for i in range(count)])
     written: list[Tensor] = []
     with in_float32(model), fast_linears(model), fast_forward():
         for batch, ids in enumerate(prompts.split(BATCH)):
-            written += _continue(model, ids, length, generator(seed, batch), done)
+            written += _continue(model, ids, length, generator(*seed, batch), done)
     return written
 
 

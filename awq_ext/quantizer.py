@@ -31,7 +31,7 @@ from awq_ext.report import LinearReport, Report
 from awq_ext.storage import bytes_of
 from awq_ext.swap import NEVER_CONVERTED, Decision, as_linear, decide
 from awq_ext.trace import SEVERAL_TOKENS
-from awq_ext.tune import TOKENS, Batch, tune
+from awq_ext.tune import ROWS, TOKENS, Batch, tune
 from awq_ext.windows import BUILTIN_TEXT, Windows
 
 SINGLE_TOKENS = 64  # windows of one token that folds are looked for on: enough to reach most experts of a mixture
@@ -83,8 +83,8 @@ def quantize(
         shuffle: draw the windows or rows by ``seed``, instead of using the first.
         pack: glue rows and cut them into full windows. None: texts are, token ids are not.
         generated: so many rows more, which the model writes itself, each from the beginning of one of the others
-            (:mod:`awq_ext.generated`): a better model from little text. It has to be a model of transformers, and all
-            of it is in memory while it writes.
+            (:mod:`awq_ext.generated`), as long as the longest: a better model from little text. It has to be a model
+            of transformers, and all of it is in memory while it writes.
         seed: of what ``shuffle`` draws, of what the model writes, and of the random signs in the estimate of how much
             each linear's rows matter.
         w_bit: 4, or 2..8 to see what other numbers of bits would do. Those are only simulated: linears stay nn.Linear,
@@ -102,10 +102,9 @@ def quantize(
         scaled_activations: whether a linear behind an activation, which nothing else can scale, gets its scale from a
             :class:`awq_ext.scaled.ScaledActivation` there. None: in models of the types for which readers of
             checkpoints know them.
-        tune_passes: how many times to go over the calibration data, when all blocks are done, to tune the scales of all
-            groups and the weights of all norms by the divergence of the model's predictions from the original's
-            (:mod:`awq_ext.tune`). The quantized model is then in memory, and codes are chosen without the tokens held
-            out, which judge the result.
+        tune_passes: how many times to go over other rows that the model writes itself, when all blocks are done, to
+            tune the scales of all groups and the weights of all norms by the divergence of the model's predictions from
+            the original's (:mod:`awq_ext.tune`). All of the quantized model is then in memory.
         quant_config: AutoAWQ's dictionary; its ``w_bit``, ``q_group_size``, ``zero_point``, ``version`` and
             ``modules_to_not_convert`` win over the arguments.
         search_results: llm-awq's file of scales and clips (``--dump_awq``), or the dictionary in it. They are applied
@@ -191,7 +190,6 @@ def quantize(
         apply_clip=apply_clip,
         scaled_activations=scaled_activations,
         seed=seed,
-        tuned=tune_passes > 0,
     )
     durable = None if source is None or results is not None else out
     run = _Run(original, settings, generated, tune_passes, progress)
@@ -365,9 +363,8 @@ class _Run:
         if self.settings.method != "rtn" and original.plan is None:
             found = data()
             self._check_tokens(found.rows)
-            if self.generated:
-                found = self._with_generated(found)
-            calibration, rows = self._calibration(found.rows), found.rows
+            found, to_tune_on = self._written(found)
+            calibration, rows = self._calibration(found.rows, to_tune_on), found.rows
             self.report.calibration_tokens, self.report.calibration = found.tokens, found.note
             self.report.held_out_tokens = calibration.rows.held_out_tokens
         if durable is not None:
@@ -391,8 +388,10 @@ class _Run:
                 self.report.unscaled += part.unscaled
                 self.report.block_seconds.append(part.seconds)
                 task.advance(1)
-        if calibration is not None and self.tune_passes:
-            self._tune(calibration.rows, rows, names)
+        if calibration is not None and calibration.tuning is not None:
+            calibration.rows.hidden.clear()
+            calibration.rows.quantized.clear()
+            self._tune(calibration.tuning, names)
         self.report.linears += [
             LinearReport(d.name, d.in_features, d.out_features, kept=d.reason)
             for d in self.decisions.values()
@@ -422,35 +421,23 @@ class _Run:
             self.original.drop(index)
         return part
 
-    def _tune(self, inputs: BlockInputs, rows: list[Tensor], names: Collection[str]) -> None:
-        """Tune the quantized model, which is in memory, by the beginnings of the rows. Every rank does all of it."""
-        model, blocks = self.model, self.original.blocks
+    def _tune(self, inputs: BlockInputs, names: Collection[str]) -> None:
+        """Tune the quantized model, which is in memory, by rows that it has not seen. Every rank does all of it."""
         self.original.complete()
-        inputs.quantized.clear()
-        targets = [
-            (row, number in inputs.held_out)
-            for number, states in enumerate(self.ranks.gather(inputs.hidden))
-            for row in states.split(1)
-        ]
-        # Those held out stay whole: what is gained is little beside the noise of a few tokens.
-        cut = [row if out else row[:TOKENS] for row, (_, out) in zip(rows, targets, strict=True)]
-        first = BlockInputs(model, blocks, cut, batch=1)
         batches: tuple[list[Batch], list[Batch]] = [], []
-        for ids, hidden, (target, out) in zip(first.ids, first.hidden, targets, strict=True):
-            batches[out].append(Batch(ids, hidden, target[:, : ids.shape[1]].clone()))
-        del targets
-        inputs.hidden.clear()
-        quantized = map(model.get_submodule, sorted(names))
-        linears = {linear: self.settings.group_of(linear.in_features) for linear in quantized}
+        for number, batch in enumerate(map(Batch, inputs.ids, inputs.quantized, inputs.hidden)):
+            batches[number in inputs.held_out].append(batch)  # `quantized` is still what is in front of all blocks
         tuned_on, held_out = batches
+        quantized = map(self.model.get_submodule, sorted(names))
+        linears = {linear: self.settings.group_of(linear.in_features) for linear in quantized}
         with self.progress.task("tune scales", total=self.tune_passes * len(tuned_on)) as task:
             self.report.tuned = tune(
-                model,
-                blocks,
+                self.model,
+                self.original.blocks,
                 linears,
                 tuned_on,
-                held_out or tuned_on,
-                first.call,
+                held_out,
+                inputs.call,
                 passes=self.tune_passes,
                 seed=self.settings.seed,
                 done=lambda: task.advance(1),
@@ -464,23 +451,31 @@ class _Run:
         index, _, local = inside.partition(".")
         return self.files.read(int(index), local)
 
-    def _with_generated(self, found: Windows) -> Windows:
-        """More rows, written by the model; rank 0 does it for all."""
-        total = self.generated * max(map(len, found.rows))
-        with self.progress.task("write calibration rows", total=total) as task:
+    def _written(self, found: Windows) -> tuple[Windows, list[Tensor]]:
+        """What was found and more rows, and those to tune on, all written by the model; rank 0 does it for all."""
+        length = max(map(len, found.rows))
+        short, to_tune_on = min(TOKENS, self._positions or TOKENS), ROWS if self.tune_passes else 0
+        if not self.generated and not to_tune_on:
+            return found, []
+        total = self.generated * length + to_tune_on * short
+        with self.progress.task("write rows", total=total) as task:
 
-            def write() -> list[Tensor]:
+            def write() -> list[list[Tensor]]:
                 with self.original.whole():
-                    return write_rows(
-                        self.model, found.rows, self.generated, seed=self.settings.seed, done=task.advance
-                    )
+                    return [
+                        write_rows(self.model, found.rows, *shape, seed=(self.settings.seed, use), done=task.advance)
+                        for use, shape in enumerate([(self.generated, length), (to_tune_on, short)])
+                        if shape[0]
+                    ]
 
             written = self.ranks.first(write)
         memory.give_back()
-        note = f"{found.note}; {sum(map(len, written))} tokens in {len(written)} rows that the model wrote itself"
-        return Windows([*found.rows, *written], note)
+        if self.generated:
+            note = f"{found.note}; {self.generated} rows of {length} tokens that the model wrote itself"
+            found = Windows([*found.rows, *written[0]], note)
+        return found, written[-1] if to_tune_on else []
 
-    def _calibration(self, rows: list[Tensor]) -> Calibration:
+    def _calibration(self, rows: list[Tensor], to_tune_on: list[Tensor]) -> Calibration:
         ids = torch.cat(rows)
         # Few tokens, whatever they are, show how a block is made.
         several = min(SEVERAL_TOKENS, max(self._positions, *map(len, rows)))
@@ -493,6 +488,7 @@ class _Run:
                 BlockInputs(model, blocks, rows, ranks=self.ranks),
                 BlockInputs(model, blocks, few[:SINGLE_TOKENS, None], batch=SINGLE_TOKENS),
                 BlockInputs(model, blocks, few[: 2 * several].view(2, several)),
+                BlockInputs(model, blocks, to_tune_on, batch=1) if to_tune_on else None,
             )
             self.original.unload(0)
         return calibration

@@ -20,7 +20,7 @@ import torch
 from test_quantizer import ids, small_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from awq_ext import CheckpointError, ops, quantize
+from awq_ext import CheckpointError, ops, quantize, quantizer
 from awq_ext.block_files import BlockFiles
 from awq_ext.quantizer import quantize_to
 
@@ -43,6 +43,12 @@ def original(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     path = tmp_path_factory.mktemp(request.param)
     small_model(request.param, torch.bfloat16).save_pretrained(path)
     return path
+
+
+@pytest.fixture(autouse=True)
+def _few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quantizer, "ROWS", 8)
+    monkeypatch.setattr(quantizer, "TOKENS", 16)
 
 
 class Interrupted(Exception):
@@ -193,6 +199,7 @@ def forked(work: Callable[[], object]) -> int:
 def kill_and_resume(kills: int, directory: Path) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
+    quantizer.ROWS, quantizer.TOKENS = 8, 16
     config = LlamaConfig(
         vocab_size=96,
         hidden_size=64,
