@@ -160,7 +160,7 @@ def _parser() -> argparse.ArgumentParser:
         type=int,
         default=0,
         metavar="N",
-        help="how often to go over the calibration data in the end to tune scales and norms (default: 0)",
+        help="how often to go over rows that the model writes, in the end, to tune scales and norms (default: 0)",
     )
     sub.add_argument("--blocks", metavar="NAME", help="the list of decoder blocks (default: the one with most weights)")
     sub.add_argument(

@@ -1,8 +1,8 @@
-"""Calibration rows that the model writes itself, for more tokens than there is text (as in LLM-QAT, arXiv 2305.17888).
+"""Rows that the model writes itself, for more tokens than there is text (as in LLM-QAT, arXiv 2305.17888).
 
-What a model writes is what it knows best, and as good to calibrate on as a text: with 32 rows of 512 tokens of C4 and
-as many written, the divergence of "awq+" from the original is 5 % lower than with the 32 of C4 alone, with 64 of C4 3 %
-(means over two texts, SmolLM2-135M).
+What a model writes is as good to calibrate on as a text, and to tune on it is better than one that the codes were
+chosen on. With 96 written rows of 512 tokens beside 32 of C4 the divergence of "awq+" from the original is 4 and 7 %
+lower than with those of C4 alone (on two texts, means of three sets of rows, SmolLM2-135M).
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def write_rows(
     The model, of transformers, is run in float32 (:mod:`awq_ext.precision` says where in bfloat16), and is then as it
     was. Its weights take up to three times as much memory as in 16 bits.
 
-    Raises CalibrationError if the model is not of transformers, or predicts what is not finite.
+    Raises CalibrationError if the model is not of transformers, keeps no cache, or predicts what is not finite.
     """
     if not hasattr(model, "generation_config"):
         raise CalibrationError(
@@ -63,7 +63,12 @@ def _continue(model: Any, ids: Tensor, length: int, random: torch.Generator, don
     parts, cache = [ids], None
     for _ in range(length - ids.shape[1]):
         output = model(input_ids=parts[-1].to(model.device), past_key_values=cache, use_cache=True)
-        cache = output.past_key_values
+        cache = getattr(output, "past_key_values", None)
+        if cache is None:  # the next call would not know of these tokens
+            raise CalibrationError(
+                f"{type(model).__name__} returns no past_key_values, which it needs to write rows; "
+                "pass generated=0 and tune_passes=0"
+            )
         parts.append(_draw(output.logits[:, -1].float().cpu(), random))
         done(len(ids))
     return torch.cat(parts, 1)

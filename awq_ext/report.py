@@ -104,7 +104,7 @@ class UnscaledReport:
 
 @dataclass
 class Tuned:
-    """What :func:`awq_ext.tune.tune` did. Divergences are means over tokens, held out if any are, in nats."""
+    """What :func:`awq_ext.tune.tune` did. Divergences are means over tokens of rows held out, in nats."""
 
     steps: int
     kl_before: float

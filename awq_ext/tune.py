@@ -2,8 +2,9 @@
 
 Codes and zeros stay. What the file format leaves free besides them are one number for each group of each linear and the
 weights of the norms. Both are multiplied by factors that lower the Kullback-Leibler divergence of the quantized model's
-next-token distribution from the original's on the calibration rows, by gradient descent (Adam). To train step sizes end
-to end with frozen codes is EfficientQAT's idea (arXiv 2407.11062, "E2E-QP"), there on the language-model loss.
+next-token distribution from the original's on rows that the original has written, by gradient descent (Adam). To train
+step sizes end to end with frozen codes is EfficientQAT's idea (arXiv 2407.11062, "E2E-QP"), there on the language-model
+loss of a text.
 
 The quantized model is held in memory in 4 bits, one block at a time besides that as floats: a step runs the blocks
 forward and keeps no more than their inputs, then runs them backward, each once more, from the last to the first.

@@ -11,6 +11,7 @@ import torch
 from architectures import ARCHITECTURES, OWN, small_model
 from test_quantizer import ids
 from torch import Tensor
+from transformers.modeling_outputs import CausalLMOutput
 
 from awq_ext import CalibrationError, generated, load_quantized, precision, quantize
 from awq_ext.generated import PROMPT, write_rows
@@ -98,3 +99,11 @@ def test_numbers_that_make_no_sense_are_refused(options: dict[str, Any]) -> None
 def test_a_model_of_no_library_writes_nothing() -> None:
     with pytest.raises(CalibrationError, match=r"only a causal language model of transformers.*generated=0"):
         quantize(small_model(next(iter(OWN))), **OPTIONS)
+
+
+def test_a_model_without_a_cache_writes_nothing() -> None:
+    model = small_model("llama")
+    forward = model.forward
+    model.forward = lambda **options: CausalLMOutput(logits=forward(**options).logits)
+    with pytest.raises(CalibrationError, match=r"LlamaForCausalLM returns no past_key_values.*generated=0"):
+        write_rows(model, list(ids()), 1, 32)
