@@ -49,6 +49,8 @@ def write_rows(
             f"only a causal language model of transformers can write rows, got a {type(model).__name__}; "
             "pass generated=0 and tune_passes=0"
         )
+    if not count:
+        return []
     begin = min(PROMPT, length, *map(len, rows))
     prompts = torch.stack([rows[i % len(rows)][:begin] for i in range(count)])
     written: list[Tensor] = []

@@ -104,7 +104,8 @@ def quantize(
             checkpoints know them.
         tune_passes: how many times to go over other rows that the model writes itself, when all blocks are done, to
             tune the scales of all groups and the weights of all norms by the divergence of the model's predictions from
-            the original's (:mod:`awq_ext.tune`). All of the quantized model is then in memory.
+            the original's (:mod:`awq_ext.tune`). For who can write, see ``generated``; all of the quantized model is in
+            memory at the end.
         quant_config: AutoAWQ's dictionary; its ``w_bit``, ``q_group_size``, ``zero_point``, ``version`` and
             ``modules_to_not_convert`` win over the arguments.
         search_results: llm-awq's file of scales and clips (``--dump_awq``), or the dictionary in it. They are applied
@@ -116,7 +117,8 @@ def quantize(
         blocks: the name of the list of decoder blocks. None: the ModuleList that holds the most weights.
         out: a directory to save the checkpoint to (see :func:`awq_ext.save_quantized`). A ``model`` that is a directory
             or hub name is read from its files one block at a time, and each block written as soon as it is quantized,
-            to ``.<name of out>.blocks`` beside ``out``, so no more than one block is in memory.
+            to ``.<name of out>.blocks`` beside ``out``, so no more than one block is in memory, but for ``generated``
+            and ``tune_passes``.
         resume: go on after the last block that an interrupted call with the same arguments has finished. The result
             has the same bytes as without the interruption.
         load: False: if the result has been written to ``out`` and is not in memory, leave it there; the model that is
@@ -457,23 +459,22 @@ class _Run:
         short, to_tune_on = min(TOKENS, self._positions or TOKENS), ROWS if self.tune_passes else 0
         if not self.generated and not to_tune_on:
             return found, []
-        total = self.generated * length + to_tune_on * short
-        with self.progress.task("write rows", total=total) as task:
+        shapes = (self.generated, length), (to_tune_on, short)
+        with self.progress.task("write rows", total=sum(count * tokens for count, tokens in shapes)) as task:
 
             def write() -> list[list[Tensor]]:
                 with self.original.whole():
                     return [
                         write_rows(self.model, found.rows, *shape, seed=(self.settings.seed, use), done=task.advance)
-                        for use, shape in enumerate([(self.generated, length), (to_tune_on, short)])
-                        if shape[0]
+                        for use, shape in enumerate(shapes)
                     ]
 
-            written = self.ranks.first(write)
+            more, tuned_on = self.ranks.first(write)
         memory.give_back()
-        if self.generated:
-            note = f"{found.note}; {self.generated} rows of {length} tokens that the model wrote itself"
-            found = Windows([*found.rows, *written[0]], note)
-        return found, written[-1] if to_tune_on else []
+        if more:
+            note = f"{found.note}; {len(more)} rows of {length} tokens that the model wrote itself"
+            found = Windows([*found.rows, *more], note)
+        return found, tuned_on
 
     def _calibration(self, rows: list[Tensor], to_tune_on: list[Tensor]) -> Calibration:
         ids = torch.cat(rows)
