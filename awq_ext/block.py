@@ -66,14 +66,6 @@ class Calibration:
     """Many windows of one token."""
     several: BlockInputs
     """A few windows of several tokens, the same for all ranks."""
-    tuning: BlockInputs | None = None
-    """What the model is tuned on in the end, the same for all ranks; only the original's hidden states matter."""
-
-    def advance(self, index: int, block: nn.Module) -> None:
-        """Move what is the same for all ranks on through the original's block."""
-        for inputs in (self.several, self.tuning):
-            if inputs is not None:
-                inputs.advance(index, block)
 
 
 @dataclass
@@ -118,7 +110,7 @@ class BlockQuantizer:
         if self.calibration is not None:
             block.float().requires_grad_(False)
             self.calibration.rows.advance(index, block)
-            self.calibration.advance(index, block)
+            self.calibration.several.advance(index, block)
         install()
         if self.calibration is not None and self.settings.method in COMPENSATING:
             dtypes = {name: parameter.dtype for name, parameter in block.named_parameters()}
@@ -191,7 +183,7 @@ class _Work:
         self.say("looking for folds")
         folds = self._find_folds() if searched else []
         order = several.reading_order(self.index, self.block, self.linears)
-        self.calibration.advance(self.index, self.block)
+        several.advance(self.index, self.block)
         self.say("statistics")
         first = {reader: fold.readers[0] for fold in folds for reader in fold.readers}
         watched = {first.get(name, name): self.block.get_submodule(first.get(name, name)) for name in self.linears}

@@ -156,11 +156,11 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--no-clip", action="store_true", help="no search for clipped ranges")
     sub.add_argument("--skip", action="append", metavar="NAME", help="keep linears whose name has this in it (repeat)")
     sub.add_argument(
-        "--tune-passes",
+        "--tune-steps",
         type=int,
         default=0,
         metavar="N",
-        help="how often to go over rows that the model writes, in the end, to tune scales and norms (default: 0)",
+        help="tune scales and norms in the end, so many steps, on rows that the model writes: 20 do much (default: 0)",
     )
     sub.add_argument("--blocks", metavar="NAME", help="the list of decoder blocks (default: the one with most weights)")
     sub.add_argument(
@@ -328,7 +328,7 @@ def _quantize(args: argparse.Namespace) -> Output:
         modules_to_not_convert=args.skip,
         method=args.method,
         apply_clip=not args.no_clip,
-        tune_passes=args.tune_passes,
+        tune_steps=args.tune_steps,
         search_results=args.search_results,
         allow_pickle=args.allow_pickle,
         blocks=args.blocks,

@@ -7,11 +7,14 @@ lower than with those of C4 alone (on two texts, means of three sets of rows, Sm
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from awq_ext.calibrate import fast_linears
 from awq_ext.errors import CalibrationError
@@ -19,7 +22,16 @@ from awq_ext.precision import fast_forward, fast_products, in_float32
 from awq_ext.ranks import generator
 
 PROMPT = 8  # tokens of a given row that a written one begins with: it keeps to that one's subject or leaves it
-BATCH = 32  # rows written together, so how many the model's cache is for
+CACHED = 2**14  # tokens of the rows that are written together, which the model's cache has to hold
+
+
+@dataclass
+class Written:
+    """Rows that a model wrote: ids int64 [length] each, and hidden states float32 [length, width] of each, if asked
+    for."""
+
+    ids: list[Tensor] = field(default_factory=list)
+    states: list[Tensor] = field(default_factory=list)
 
 
 @torch.no_grad()
@@ -31,49 +43,80 @@ def write_rows(
     length: int,
     *,
     seed: tuple[int, int] = (0, 0),
+    block: nn.Module | None = None,
     done: Callable[[int], None] = lambda tokens: None,
-) -> list[Tensor]:
-    """``count`` rows of token ids, int64 [length] each; ``rows`` are some that are given, int64 [any] each.
+) -> Written:
+    """``count`` rows of ``length`` token ids; ``rows`` are some that are given, int64 [any] each.
 
     They begin as one of ``rows`` each, in turn, and go on with tokens drawn from all that the model predicts there
     (temperature 1), whatever these are: behind the token that ends a text a new one begins. The numbers that draw them
-    depend on ``seed``. ``done`` is told how many tokens have been written since it was last called.
+    depend on ``seed``. ``block`` is a part of the model whose output for the rows is wanted, too. ``done`` is told how
+    many tokens have been written since it was last called.
 
     The model, of transformers, is run in float32 (:mod:`awq_ext.precision` says where in bfloat16), and is then as it
-    was. Its weights take up to three times as much memory as in 16 bits.
+    was. Weights of linears that are of another dtype than their products are in memory in both.
 
     Raises CalibrationError if the model is not of transformers, keeps no cache, or predicts what is not finite.
     """
     if not hasattr(model, "generation_config"):
         raise CalibrationError(
             f"only a causal language model of transformers can write rows, got a {type(model).__name__}; "
-            "pass generated=0 and tune_passes=0"
+            "pass generated=0 and tune_steps=0"
         )
+    written = Written()
     if not count:
-        return []
+        return written
     begin = min(PROMPT, length, *map(len, rows))
     prompts = torch.stack([rows[i % len(rows)][:begin] for i in range(count)])
-    written: list[Tensor] = []
-    with in_float32(model), fast_linears(model), fast_forward():
-        for batch, ids in enumerate(prompts.split(BATCH)):
-            written += _continue(model, ids, length, generator(*seed, batch), done)
+    with _in_memory_once(model), fast_linears(model), fast_forward():
+        for number, ids in enumerate(prompts.split(max(1, CACHED // length))):
+            batch = _continue(model, ids, length, generator(*seed, number), block, done)
+            written.ids += batch.ids
+            written.states += batch.states
     return written
 
 
-def _continue(model: Any, ids: Tensor, length: int, random: torch.Generator, done: Callable[[int], None]) -> Tensor:
-    """int64 [rows, length], of which ``ids`` are the first."""
-    parts, cache = [ids], None
-    for _ in range(length - ids.shape[1]):
-        output = model(input_ids=parts[-1].to(model.device), past_key_values=cache, use_cache=True)
-        cache = getattr(output, "past_key_values", None)
-        if cache is None:  # the next call would not know of these tokens
-            raise CalibrationError(
-                f"{type(model).__name__} returns no past_key_values, which it needs to write rows; "
-                "pass generated=0 and tune_passes=0"
-            )
-        parts.append(_draw(output.logits[:, -1].float().cpu(), random))
-        done(len(ids))
-    return torch.cat(parts, 1)
+@contextmanager
+def _in_memory_once(model: nn.Module) -> Iterator[None]:
+    """While it is open, the model computes in float32 what neither linears nor embeddings do, and their results are."""
+    held = [m for m in model.modules() if type(m) is nn.Linear or isinstance(m, nn.Embedding)]
+    with in_float32(model, {m.get_parameter("weight") for m in held}), ExitStack() as hooks:
+        for embedding in held:
+            if isinstance(embedding, nn.Embedding):
+                hooks.callback(embedding.register_forward_hook(lambda _, __, output: output.float()).remove)
+        yield
+
+
+def _continue(
+    model: Any,
+    ids: Tensor,
+    length: int,
+    random: torch.Generator,
+    block: nn.Module | None,
+    done: Callable[[int], None],
+) -> Written:
+    """As `write_rows`; ``ids`` are the first of each row."""
+    parts, states, cache = [ids], list[Tensor](), None
+    options = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+
+    def see(_: nn.Module, __: Any, output: Any) -> None:
+        states.append((output[0] if isinstance(output, tuple) else output).float().cpu())
+
+    with ExitStack() as hooks:
+        if block is not None:
+            hooks.callback(block.register_forward_hook(see).remove)
+        # The states of the last token are those of the step behind it, which draws one more.
+        for _ in range(length - ids.shape[1] + (block is not None)):
+            output = model(input_ids=parts[-1].to(model.device), past_key_values=cache, use_cache=True, **options)
+            cache = getattr(output, "past_key_values", None)
+            if cache is None:  # the next call would not know of these tokens
+                raise CalibrationError(
+                    f"{type(model).__name__} returns no past_key_values, which it needs to write rows; "
+                    "pass generated=0 and tune_steps=0"
+                )
+            parts.append(_draw(output.logits[:, -1].float().cpu(), random))
+            done(len(ids))
+    return Written(list(torch.cat(parts, 1)[:, :length]), list(torch.cat(states, 1)) if states else [])
 
 
 def _draw(logits: Tensor, random: torch.Generator) -> Tensor:

@@ -16,6 +16,7 @@ from awq_ext.checkpoint import DTYPES, Places, check_filled, skeleton
 from awq_ext.errors import CheckpointError, UnsupportedModelError
 from awq_ext.experts import open_experts
 from awq_ext.format import read_headers, read_json
+from awq_ext.precision import fast_dtype
 from awq_ext.pretrained import load_float
 from awq_ext.storage import TensorInfo
 from awq_ext.trace import find_blocks
@@ -58,7 +59,7 @@ class Original:
 
     @contextmanager
     def whole(self) -> Iterator[None]:
-        """While open, all of the model is in memory."""
+        """While open, all of the model is in memory, to be run."""
         yield
 
     def load(self, index: int) -> nn.Module:
@@ -142,6 +143,10 @@ class Streamed(Original):
     def whole(self) -> Iterator[None]:
         every = [*self._outside, *chain.from_iterable(self._in_block)]
         self._places.fill(every)
+        embeddings = {m.weight for m in self.model.modules() if isinstance(m, nn.Embedding)}
+        for linear in self.model.modules():  # what is read again later need not be kept beside what products are of
+            if type(linear) is nn.Linear and linear.weight not in embeddings:
+                linear.weight.data = linear.weight.data.to(fast_dtype(linear.weight))
         yield
         self._places.clear(every)
 

@@ -8,7 +8,7 @@ a gradient, does not need the 24 bits of float32. Where a precision has been cho
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -43,9 +43,9 @@ def fast_products() -> Iterator[None]:
 
 
 def fast_dtype(tensor: Tensor) -> torch.dtype:
-    """What a factor like this one is best rounded to: bfloat16 if that is faster, else its own dtype."""
-    fast = tensor.device.type == "cpu" and tensor.dtype == torch.float32 and bfloat16_is_faster()
-    return torch.bfloat16 if fast else tensor.dtype
+    """What a factor like this one is best given as: bfloat16 if that is faster, else float32. float64 stays."""
+    fast = tensor.device.type == "cpu" and tensor.dtype != torch.float64 and bfloat16_is_faster()
+    return torch.bfloat16 if fast else torch.promote_types(tensor.dtype, torch.float32)
 
 
 def fast_forward() -> AbstractContextManager[Any]:
@@ -59,21 +59,25 @@ def fast_forward() -> AbstractContextManager[Any]:
 
 def product(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
     """x -> x @ weight.T + bias, for one weight and many x; in bfloat16 if that is faster, but for the bias."""
-    half = weight.to(fast_dtype(weight))
-    if half is weight:
-        return lambda x: nn.functional.linear(x, weight, bias)
+    factor = weight.to(fast_dtype(weight))
+    if factor.dtype != torch.bfloat16:
+        return lambda x: nn.functional.linear(x, factor, bias)
 
     def multiply(x: Tensor) -> Tensor:
-        y = nn.functional.linear(x.to(half.dtype), half)
+        y = nn.functional.linear(x.to(factor.dtype), factor)
         return y if bias is None else y + bias
 
     return multiply
 
 
 @contextmanager
-def in_float32(model: nn.Module) -> Iterator[dict[Tensor, torch.dtype]]:
-    """While it is open, all floats of the model are float32 and none asks for a gradient. Gives their own dtypes."""
-    floats = [t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()]
+def in_float32(model: nn.Module, but: Collection[Tensor] = ()) -> Iterator[dict[Tensor, torch.dtype]]:
+    """While it is open, all floats of the model are float32 and none asks for a gradient. Gives their own dtypes.
+
+    Tensors in ``but`` stay as they are.
+    """
+    tensors = dict.fromkeys((*model.parameters(), *model.buffers()))
+    floats = [tensor for tensor in tensors if tensor.is_floating_point() and tensor not in but]
     dtypes, trained = {t: t.dtype for t in floats}, {id(t) for t in floats if t.requires_grad}
     try:
         for tensor in floats:

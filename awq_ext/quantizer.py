@@ -21,7 +21,7 @@ from awq_ext.calibrate import BlockInputs
 from awq_ext.checkpoint import check_replaceable, load_quantized, write_checkpoint
 from awq_ext.config import QuantConfig
 from awq_ext.errors import CalibrationError, CheckpointError, UnsupportedModelError
-from awq_ext.generated import write_rows
+from awq_ext.generated import Written, write_rows
 from awq_ext.hub import resolve
 from awq_ext.original import Original, open_original
 from awq_ext.pretrained import is_quantized_directory, load_float
@@ -31,7 +31,7 @@ from awq_ext.report import LinearReport, Report
 from awq_ext.storage import bytes_of
 from awq_ext.swap import NEVER_CONVERTED, Decision, as_linear, decide
 from awq_ext.trace import SEVERAL_TOKENS
-from awq_ext.tune import ROWS, TOKENS, Batch, tune
+from awq_ext.tune import JUDGES, ROWS, TOKENS, Batch, tune
 from awq_ext.windows import BUILTIN_TEXT, Windows
 
 SINGLE_TOKENS = 64  # windows of one token that folds are looked for on: enough to reach most experts of a mixture
@@ -56,7 +56,7 @@ def quantize(
     duo_scaling: bool = True,
     apply_clip: bool = True,
     scaled_activations: bool | None = None,
-    tune_passes: int = 0,
+    tune_steps: int = 0,
     quant_config: Mapping[str, Any] | None = None,
     search_results: Any = None,
     allow_pickle: bool = False,
@@ -102,10 +102,10 @@ def quantize(
         scaled_activations: whether a linear behind an activation, which nothing else can scale, gets its scale from a
             :class:`awq_ext.scaled.ScaledActivation` there. None: in models of the types for which readers of
             checkpoints know them.
-        tune_passes: how many times to go over other rows that the model writes itself, when all blocks are done, to
-            tune the scales of all groups and the weights of all norms by the divergence of the model's predictions from
-            the original's (:mod:`awq_ext.tune`). For who can write, see ``generated``; all of the quantized model is in
-            memory at the end.
+        tune_steps: how many steps to tune the scales of all groups and the weights of all norms for, when all blocks
+            are done, by the divergence of the model's predictions from the original's on other rows that it writes
+            itself (:mod:`awq_ext.tune`): 20 do much, 128 some more. For who can write, see ``generated``; all of the
+            quantized model is in memory at the end.
         quant_config: AutoAWQ's dictionary; its ``w_bit``, ``q_group_size``, ``zero_point``, ``version`` and
             ``modules_to_not_convert`` win over the arguments.
         search_results: llm-awq's file of scales and clips (``--dump_awq``), or the dictionary in it. They are applied
@@ -118,7 +118,7 @@ def quantize(
         out: a directory to save the checkpoint to (see :func:`awq_ext.save_quantized`). A ``model`` that is a directory
             or hub name is read from its files one block at a time, and each block written as soon as it is quantized,
             to ``.<name of out>.blocks`` beside ``out``, so no more than one block is in memory, but for ``generated``
-            and ``tune_passes``.
+            and ``tune_steps``.
         resume: go on after the last block that an interrupted call with the same arguments has finished. The result
             has the same bytes as without the interruption.
         load: False: if the result has been written to ``out`` and is not in memory, leave it there; the model that is
@@ -156,8 +156,8 @@ def quantize(
         raise ValueError(f"quantize: method must be one of {', '.join(METHODS)}, got {method!r}")
     if search_results is not None and method != "awq":
         raise ValueError(f"quantize: search_results are of method 'awq', got method {method!r}")
-    if tune_passes < 0 or (tune_passes and (method == "rtn" or search_results is not None)):
-        raise ValueError(f"quantize: tune_passes must be 0 or more, and 0 without calibration, got {tune_passes}")
+    if tune_steps < 0 or (tune_steps and (method == "rtn" or search_results is not None)):
+        raise ValueError(f"quantize: tune_steps must be 0 or more, and 0 without calibration, got {tune_steps}")
     if generated < 0 or (generated and (method == "rtn" or search_results is not None)):
         raise ValueError(f"quantize: generated must be 0 or more, and 0 without calibration, got {generated}")
     if samples is None:
@@ -194,7 +194,7 @@ def quantize(
         seed=seed,
     )
     durable = None if source is None or results is not None else out
-    run = _Run(original, settings, generated, tune_passes, progress)
+    run = _Run(original, settings, generated, tune_steps, progress)
     with torch.no_grad():
         report = run.run(data, _Durable(durable, source, resume) if durable and source else None)
     report.seconds = time.perf_counter() - start
@@ -297,10 +297,12 @@ class _Run:
     """One run over one model."""
 
     def __init__(
-        self, original: Original, settings: Settings, generated: int, tune_passes: int, progress: Progress
+        self, original: Original, settings: Settings, generated: int, tune_steps: int, progress: Progress
     ) -> None:
         self.original, self.settings, self.progress = original, settings, progress
-        self.generated, self.tune_passes = generated, tune_passes
+        self.generated, self.tune_steps = generated, tune_steps
+        self.to_tune_on = Written()
+        """With what is behind the original's last block."""
         self.model: Any = original.model
         self.config = getattr(self.model, "config", None)  # None: it is no transformers model
         self.ranks = Ranks()
@@ -365,8 +367,8 @@ class _Run:
         if self.settings.method != "rtn" and original.plan is None:
             found = data()
             self._check_tokens(found.rows)
-            found, to_tune_on = self._written(found)
-            calibration, rows = self._calibration(found.rows, to_tune_on), found.rows
+            found = self._with_written(found)
+            calibration, rows = self._calibration(found.rows), found.rows
             self.report.calibration_tokens, self.report.calibration = found.tokens, found.note
             self.report.held_out_tokens = calibration.rows.held_out_tokens
         if durable is not None:
@@ -390,10 +392,9 @@ class _Run:
                 self.report.unscaled += part.unscaled
                 self.report.block_seconds.append(part.seconds)
                 task.advance(1)
-        if calibration is not None and calibration.tuning is not None:
-            calibration.rows.hidden.clear()
-            calibration.rows.quantized.clear()
-            self._tune(calibration.tuning, names)
+        if self.tune_steps:
+            del calibration, quantizer
+            self._tune(names)
         self.report.linears += [
             LinearReport(d.name, d.in_features, d.out_features, kept=d.reason)
             for d in self.decisions.values()
@@ -419,29 +420,26 @@ class _Run:
         else:
             part = quantizer.quantize(index, block, self.original.prefix(index), names)
             self.ranks.first(lambda: files.write(index, block, part))
-        if not self.tune_passes:
+        if not self.tune_steps:
             self.original.drop(index)
         return part
 
-    def _tune(self, inputs: BlockInputs, names: Collection[str]) -> None:
+    def _tune(self, names: Collection[str]) -> None:
         """Tune the quantized model, which is in memory, by rows that it has not seen. Every rank does all of it."""
         self.original.complete()
-        batches: tuple[list[Batch], list[Batch]] = [], []
-        for number, batch in enumerate(map(Batch, inputs.ids, inputs.quantized, inputs.hidden)):
-            batches[number in inputs.held_out].append(batch)  # `quantized` is still what is in front of all blocks
-        tuned_on, held_out = batches
+        inputs = BlockInputs(self.model, self.original.blocks, self.to_tune_on.ids, batch=ROWS)
+        targets = torch.stack(self.to_tune_on.states).split(ROWS)
+        batches = list(map(Batch, inputs.ids, inputs.hidden, targets))
         quantized = map(self.model.get_submodule, sorted(names))
         linears = {linear: self.settings.group_of(linear.in_features) for linear in quantized}
-        with self.progress.task("tune scales", total=self.tune_passes * len(tuned_on)) as task:
+        with self.progress.task("tune scales", total=self.tune_steps) as task:
             self.report.tuned = tune(
                 self.model,
                 self.original.blocks,
                 linears,
-                tuned_on,
-                held_out,
+                batches[: self.tune_steps],
+                batches[self.tune_steps :],
                 inputs.call,
-                passes=self.tune_passes,
-                seed=self.settings.seed,
                 done=lambda: task.advance(1),
             )
 
@@ -453,30 +451,30 @@ class _Run:
         index, _, local = inside.partition(".")
         return self.files.read(int(index), local)
 
-    def _written(self, found: Windows) -> tuple[Windows, list[Tensor]]:
-        """What was found and more rows, and those to tune on, all written by the model; rank 0 does it for all."""
-        length = max(map(len, found.rows))
-        short, to_tune_on = min(TOKENS, self._positions or TOKENS), ROWS if self.tune_passes else 0
+    def _with_written(self, found: Windows) -> Windows:
+        """What was found and more rows that the model writes, as it does those to tune on; rank 0 does it for all."""
+        length, short = max(map(len, found.rows)), min(TOKENS, self._positions or TOKENS)
+        to_tune_on = ROWS * (self.tune_steps + JUDGES) if self.tune_steps else 0
         if not self.generated and not to_tune_on:
-            return found, []
-        shapes = (self.generated, length), (to_tune_on, short)
-        with self.progress.task("write rows", total=sum(count * tokens for count, tokens in shapes)) as task:
+            return found
+        tokens = self.generated * length + to_tune_on * short
+        with self.progress.task("write rows", total=tokens) as task:
 
-            def write() -> list[list[Tensor]]:
+            def write() -> tuple[list[Tensor], Written]:
+                model, seed, last, done = self.model, self.settings.seed, self.original.blocks[-1], task.advance
                 with self.original.whole():
-                    return [
-                        write_rows(self.model, found.rows, *shape, seed=(self.settings.seed, use), done=task.advance)
-                        for use, shape in enumerate(shapes)
-                    ]
+                    more = write_rows(model, found.rows, self.generated, length, seed=(seed, 0), done=done)
+                    short_ones = write_rows(model, found.rows, to_tune_on, short, seed=(seed, 1), block=last, done=done)
+                    return more.ids, short_ones
 
-            more, tuned_on = self.ranks.first(write)
+            more, self.to_tune_on = self.ranks.first(write)
         memory.give_back()
         if more:
             note = f"{found.note}; {len(more)} rows of {length} tokens that the model wrote itself"
             found = Windows([*found.rows, *more], note)
-        return found, tuned_on
+        return found
 
-    def _calibration(self, rows: list[Tensor], to_tune_on: list[Tensor]) -> Calibration:
+    def _calibration(self, rows: list[Tensor]) -> Calibration:
         ids = torch.cat(rows)
         # Few tokens, whatever they are, show how a block is made.
         several = min(SEVERAL_TOKENS, max(self._positions, *map(len, rows)))
@@ -489,7 +487,6 @@ class _Run:
                 BlockInputs(model, blocks, rows, ranks=self.ranks),
                 BlockInputs(model, blocks, few[:SINGLE_TOKENS, None], batch=SINGLE_TOKENS),
                 BlockInputs(model, blocks, few[: 2 * several].view(2, several)),
-                BlockInputs(model, blocks, to_tune_on, batch=1) if to_tune_on else None,
             )
             self.original.unload(0)
         return calibration

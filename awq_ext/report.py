@@ -110,7 +110,7 @@ class Tuned:
     kl_before: float
     kl: float
     kept: bool
-    """False: it became no less, so everything is as it was before."""
+    """False: it became more by more than chance may do, so everything is as it was before."""
 
     def __str__(self) -> str:
         return (

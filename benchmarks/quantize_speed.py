@@ -1,7 +1,7 @@
 """Seconds and peak memory of quantizing a model, by this project and by others (`peers/`), on the same windows.
 
     python benchmarks/quantize_speed.py MODEL --name NAME --calibration c4.txt --group-size 64 [--seeds 0 1 2]
-        [--methods awq awq+] [--peer autoawq=VENV llmcompressor-gptq=VENV] [--keep DIR]
+        [--methods awq awq+ awq+tuned] [--peer autoawq=VENV llmcompressor-gptq=VENV] [--keep DIR]
 
 Every run is a process of its own with the same token ids, threads and group size. Ours is timed from the call of
 `quantize` on a directory, which begins with importing transformers, to the checkpoint on the disk. A peer has imported
@@ -29,10 +29,9 @@ from typing import Any
 import numpy as np
 import torch
 from common import write
-from peers.run import OURS, PEERS
+from peers.run import OUR_METHODS, OURS, PEERS
 
 from awq_ext import windows
-from awq_ext.block import METHODS
 
 RUN = Path(__file__).resolve().parent / "peers" / "run.py"
 
@@ -93,7 +92,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="0: the first windows; others draw them")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=["awq", "awq+"])
+    parser.add_argument("--methods", nargs="+", choices=OUR_METHODS, default=["awq", "awq+"])
     parser.add_argument("--peer", action="extend", nargs="+", default=[], metavar="NAME=VENV", help=", ".join(PEERS))
     parser.add_argument("--keep", type=Path, metavar="DIR", help="for the checkpoints and the windows")
     args = parser.parse_args()

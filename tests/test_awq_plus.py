@@ -305,6 +305,6 @@ def test_taking_errors_back_brings_a_model_nearer_to_the_original(monkeypatch: p
     want, errors = logits(model, ids()), []
     for part in (0.0, block.PROPAGATION):
         monkeypatch.setattr(block, "PROPAGATION", part)
-        done = run(copy.deepcopy(model), method="awq+", w_bit=3, tune_passes=0)
+        done = run(copy.deepcopy(model), method="awq+", w_bit=3, tune_steps=0)
         errors.append(float((logits(done, ids()) - want).square().mean()))
     assert errors[1] < 0.97 * errors[0], errors

@@ -41,7 +41,7 @@ def test_what_is_written_is_what_the_model_predicts_without_a_cache(kind: str, m
     monkeypatch.setattr(precision, "bfloat16_is_faster", lambda: False)
     model, rows = small_model(kind), list(ids(3, 24))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    written = write_rows(model, [rows[0][:20], *rows[1:]], 4, 24)
+    written = write_rows(model, [rows[0][:20], *rows[1:]], 4, 24).ids
     assert [row.shape for row in written] == [(24,)] * 4
     for row, start in zip(written, (*rows, rows[0]), strict=True):
         assert torch.equal(row[:PROMPT], start[:PROMPT])
@@ -60,12 +60,12 @@ def test_what_is_written_is_what_the_model_predicts_without_a_cache(kind: str, m
 
 def test_rows_depend_on_the_seed_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     model, rows = small_model("llama"), list(ids())
-    first, again, other = (torch.stack(write_rows(model, rows, 6, 32, seed=(seed, 0))) for seed in (0, 0, 1))
+    first, again, other = (torch.stack(write_rows(model, rows, 6, 32, seed=(seed, 0)).ids) for seed in (0, 0, 1))
     assert torch.equal(first, again) and not torch.equal(first, other)
     assert len(first.unique(dim=0)) == 6  # two rows begin like another
-    monkeypatch.setattr(generated, "BATCH", 4)
+    monkeypatch.setattr(generated, "CACHED", 4 * 32)
     told: list[int] = []
-    assert len(write_rows(model, rows, 6, 32, done=told.append)) == 6
+    assert len(write_rows(model, rows, 6, 32, done=told.append).ids) == 6
     assert sum(told) == 6 * (32 - PROMPT)
 
 
@@ -80,7 +80,7 @@ def test_files_get_what_memory_gets(tmp_path: Path) -> None:
     for model in (streamed, load_quantized(tmp_path / "out", dtype=torch.float16)):
         assert_same(in_memory, model)
     # It is as if the rows had been given.
-    rows: list[Tensor] = [*ids(), *write_rows(original, list(ids()), 3, 32)]
+    rows: list[Tensor] = [*ids(), *write_rows(original, list(ids()), 3, 32).ids]
     given = quantize(original, **{**OPTIONS, "calibration": rows, "samples": 7, "generated": 0})
     assert_same(in_memory, given)
 

@@ -15,7 +15,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from awq_ext import quantizer
 from awq_ext.calibrate import Statistics
 from awq_ext.quantizer import quantize, quantize_to
 from awq_ext.ranks import SLOTS, Ranks, SlotSum, generator
@@ -128,10 +127,9 @@ def one_process(number: int, count: int, directory: Path) -> None:
     options: dict[str, Any] = {"calibration": rows, "samples": len(rows), "seq_len": 16, "q_group_size": 16}
     original = directory / "original"
     result = {method: digest(quantize(original, method=method, **options)) for method in ("gptq", "awq")}
-    options |= {"generated": 2, "tune_passes": 1}
-    quantizer.ROWS, quantizer.TOKENS = 8, 16
+    options |= {"generated": 2, "tune_steps": 2}
     result["awq+"] = digest(quantize(original, method="awq+", out=directory / f"out-{count}", **options))
-    options |= {"generated": 0, "tune_passes": 0}
+    options |= {"generated": 0, "tune_steps": 0}
     try:
         quantize_to(original, directory / "none", **{**options, "q_group_size": 48})
     except ValueError as error:

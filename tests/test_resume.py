@@ -20,13 +20,13 @@ import torch
 from test_quantizer import ids, small_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from awq_ext import CheckpointError, ops, quantize, quantizer
+from awq_ext import CheckpointError, ops, quantize
 from awq_ext.block_files import BlockFiles
 from awq_ext.quantizer import quantize_to
 
 KILLS = int(os.environ.get("AWQ_KILLS", "6"))
 OPTIONS: dict[str, Any] = {"calibration": ids(), "samples": 4, "seq_len": 32, "q_group_size": 16}
-OPTIONS |= {"method": "awq+", "tune_passes": 1, "generated": 2}
+OPTIONS |= {"method": "awq+", "tune_steps": 2, "generated": 2}
 
 
 def files_of(directory: Path) -> dict[str, bytes]:
@@ -45,12 +45,6 @@ def original(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     return path
 
 
-@pytest.fixture(autouse=True)
-def _few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quantizer, "ROWS", 8)
-    monkeypatch.setattr(quantizer, "TOKENS", 16)
-
-
 class Interrupted(Exception):
     pass
 
@@ -67,11 +61,11 @@ def interrupt(monkeypatch: pytest.MonkeyPatch, index: int) -> None:
     monkeypatch.setattr(BlockFiles, "write", stop)
 
 
-@pytest.mark.parametrize(("method", "tune_passes"), [("awq", 0), ("awq+", 0), ("awq+", 1), ("gptq", 0), ("rtn", 0)])
+@pytest.mark.parametrize(("method", "tune_steps"), [("awq", 0), ("awq+", 0), ("awq+", 2), ("gptq", 0), ("rtn", 0)])
 def test_the_bytes_and_the_report_are_those_of_one_run(
-    original: Path, method: str, tune_passes: int, tmp_path: Path
+    original: Path, method: str, tune_steps: int, tmp_path: Path
 ) -> None:
-    options = {**OPTIONS, "method": method, "tune_passes": tune_passes, "generated": 0 if method == "rtn" else 2}
+    options = {**OPTIONS, "method": method, "tune_steps": tune_steps, "generated": 0 if method == "rtn" else 2}
     whole = quantize_to(original, tmp_path / "whole", **options)
     with pytest.MonkeyPatch.context() as patch:
         interrupt(patch, 1)
@@ -143,7 +137,7 @@ def test_other_settings_are_named(original: Path, tmp_path: Path, monkeypatch: p
 def test_a_full_disk_is_told_and_what_was_written_is_good(
     original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = {**OPTIONS, "method": "rtn", "tune_passes": 0, "generated": 0}
+    options = {**OPTIONS, "method": "rtn", "tune_steps": 0, "generated": 0}
     quantize_to(original, tmp_path / "whole", **options)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(BlockFiles, "_rename", full_at("block-00001.safetensors", BlockFiles._rename))
@@ -199,7 +193,6 @@ def forked(work: Callable[[], object]) -> int:
 def kill_and_resume(kills: int, directory: Path) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    quantizer.ROWS, quantizer.TOKENS = 8, 16
     config = LlamaConfig(
         vocab_size=96,
         hidden_size=64,

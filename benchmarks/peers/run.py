@@ -36,14 +36,22 @@ Steps = tuple[Callable[[], Any], Callable[[], Any], list[str]]
 OURS = "awq_ext-"
 """What a method of ours begins with here."""
 
+OUR_METHODS = {
+    "rtn": {"method": "rtn"},
+    "gptq": {"method": "gptq"},
+    "awq": {"method": "awq"},
+    "awq+": {"method": "awq+"},
+    "awq+tuned": {"method": "awq+", "tune_steps": 20},
+}
+
 
 def ours(args: argparse.Namespace, rows: list[list[int]]) -> Steps:
     from awq_ext import quantize
 
     ids = torch.tensor(rows)
     data = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    options = {"samples": len(rows), "seq_len": len(rows[0]), "q_group_size": args.group_size}
-    options |= {"calibration": data, "method": args.peer.removeprefix(OURS)}
+    options: dict[str, Any] = {"samples": len(rows), "seq_len": len(rows[0]), "q_group_size": args.group_size}
+    options |= {"calibration": data, **OUR_METHODS[args.peer.removeprefix(OURS)]}
     if args.bits == 4:
         return lambda: quantize(args.model, out=args.out, load=False, **options), lambda: None, ["transformers"]
     from transformers import AutoModelForCausalLM
@@ -193,7 +201,7 @@ def peak_mib() -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("peer", choices=[*PEERS, *(OURS + method for method in ("rtn", "gptq", "awq", "awq+"))])
+    parser.add_argument("peer", choices=[*PEERS, *(OURS + method for method in OUR_METHODS)])
     parser.add_argument("model")
     parser.add_argument("out")
     parser.add_argument("--windows", required=True, metavar="IDS.npy")
