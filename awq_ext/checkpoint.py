@@ -259,11 +259,12 @@ class Places:
                 )
 
     def clear(self, stored: Iterable[str]) -> None:
-        """Put these tensors back on the meta device."""
+        """Put these tensors back on the meta device, with the dtypes in which they are filled."""
         for name in stored:
             *parents, last = self.of[name][0].split(".")
             held = getattr(self.model.get_submodule(".".join(parents)), last)
-            _assign(self.model, self.of[name], torch.empty_like(held, device="meta"))
+            dtype = self._types[name] or held.dtype
+            _assign(self.model, self.of[name], torch.empty_like(held, dtype=dtype, device="meta"))
 
 
 def _assign(model: nn.Module, names: Sequence[str], value: Tensor) -> None:

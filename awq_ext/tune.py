@@ -39,7 +39,7 @@ ROWS, TOKENS = 4, 32
 """Rows of a step, and tokens of each. The model writes them itself (:mod:`awq_ext.generated`): the codes fit the tokens
 that they were chosen on, so that nothing is left to learn there, and what a model writes has no end. Steps count for
 more than the tokens of each, and many short rows are written sooner than few long ones. Of the log-likelihood that
-SmolLM2-135M loses on two texts 24 such steps take back 10 %, and 24 of two rows of 64 tokens or one of 128 take 12 %."""
+SmolLM2-135M loses on two texts 24 such steps take back 10 %, 24 of two rows of 64 tokens or one of 128 take 12 %."""
 
 JUDGES = 4
 """Batches like those of the steps, to judge the result by. Tuning is undone if the divergence there has grown by more
