@@ -22,13 +22,13 @@ from awq_ext.precision import fast_forward, fast_products, in_float32
 from awq_ext.ranks import generator
 
 PROMPT = 8  # tokens of a given row that a written one begins with: it keeps to that one's subject or leaves it
+DRAWN = 16  # rows whose next token is drawn at a time, so how many times a vocabulary is in memory as floats
 CACHED = 2**14  # tokens of the rows that are written together, which the model's cache has to hold
 
 
 @dataclass
 class Written:
-    """Rows that a model wrote: ids int64 [length] each, and hidden states float32 [length, width] of each, if asked
-    for."""
+    """Rows that a model wrote: ids int64 [length] of each, and hidden states float32 [length, width], if asked for."""
 
     ids: list[Tensor] = field(default_factory=list)
     states: list[Tensor] = field(default_factory=list)
@@ -68,7 +68,7 @@ def write_rows(
         return written
     begin = min(PROMPT, length, *map(len, rows))
     prompts = torch.stack([rows[i % len(rows)][:begin] for i in range(count)])
-    with _in_memory_once(model), fast_linears(model), fast_forward():
+    with _computing_in_float32(model), fast_linears(model), fast_forward():
         for number, ids in enumerate(prompts.split(max(1, CACHED // length))):
             batch = _continue(model, ids, length, generator(*seed, number), block, done)
             written.ids += batch.ids
@@ -77,8 +77,9 @@ def write_rows(
 
 
 @contextmanager
-def _in_memory_once(model: nn.Module) -> Iterator[None]:
-    """While it is open, the model computes in float32 what neither linears nor embeddings do, and their results are."""
+def _computing_in_float32(model: nn.Module) -> Iterator[None]:
+    """While it is open, the model computes in float32, but weights of linears and embeddings are as they were: most of
+    a model's memory. How linears compute with theirs is for `fast_linears` to say."""
     held = [m for m in model.modules() if type(m) is nn.Linear or isinstance(m, nn.Embedding)]
     with in_float32(model, {m.get_parameter("weight") for m in held}), ExitStack() as hooks:
         for embedding in held:
@@ -114,15 +115,23 @@ def _continue(
                     f"{type(model).__name__} returns no past_key_values, which it needs to write rows; "
                     "pass generated=0 and tune_steps=0"
                 )
-            parts.append(_draw(output.logits[:, -1].float().cpu(), random))
+            parts.append(_draw(output.logits[:, -1], random))
             done(len(ids))
     return Written(list(torch.cat(parts, 1)[:, :length]), list(torch.cat(states, 1)) if states else [])
 
 
 def _draw(logits: Tensor, random: torch.Generator) -> Tensor:
     """int64 [rows, 1]: a token for each row of logits [rows, vocabulary], by its probability."""
-    shares = logits.softmax(-1).cumsum(-1)
+    drawn = torch.rand(len(logits), 1, generator=random)
+    some = zip(logits.split(DRAWN), drawn.split(DRAWN), strict=True)
+    return torch.cat([_draw_at(part.float().cpu(), where) for part, where in some])
+
+
+def _draw_at(logits: Tensor, drawn: Tensor) -> Tensor:
+    """As `_draw`, by numbers [rows, 1] from 0 to 1."""
+    shares = logits.softmax(-1)
+    torch.cumsum(shares, -1, out=shares)
     total = shares[:, -1:]
     if not torch.isfinite(total).all():
         raise CalibrationError("the model's predictions are not finite: its weights are damaged, or overflow")
-    return torch.searchsorted(shares, torch.rand(total.shape, generator=random) * total).clamp_(max=shares.shape[1] - 1)
+    return torch.searchsorted(shares, drawn * total).clamp_(max=shares.shape[1] - 1)

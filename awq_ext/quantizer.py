@@ -428,7 +428,7 @@ class _Run:
         """Tune the quantized model, which is in memory, by rows that it has not seen. Every rank does all of it."""
         self.original.complete()
         inputs = BlockInputs(self.model, self.original.blocks, self.to_tune_on.ids, batch=ROWS)
-        targets = torch.stack(self.to_tune_on.states).split(ROWS)
+        targets = torch.stack(self.to_tune_on.states).to(inputs.hidden[0].device).split(ROWS)
         batches = list(map(Batch, inputs.ids, inputs.hidden, targets))
         quantized = map(self.model.get_submodule, sorted(names))
         linears = {linear: self.settings.group_of(linear.in_features) for linear in quantized}

@@ -17,6 +17,7 @@ from awq_ext import CalibrationError, generated, load_quantized, precision, quan
 from awq_ext.generated import PROMPT, write_rows
 from awq_ext.pretrained import load_float
 from awq_ext.ranks import generator
+from awq_ext.trace import find_blocks
 
 OPTIONS: dict[str, Any] = {"calibration": ids(), "samples": 4, "seq_len": 32, "q_group_size": 16, "method": "awq+"}
 OPTIONS |= {"generated": 3}
@@ -41,13 +42,17 @@ def test_what_is_written_is_what_the_model_predicts_without_a_cache(kind: str, m
     monkeypatch.setattr(precision, "bfloat16_is_faster", lambda: False)
     model, rows = small_model(kind), list(ids(3, 24))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    written = write_rows(model, [rows[0][:20], *rows[1:]], 4, 24).ids
+    last, seen = list(model.get_submodule(find_blocks(model)))[-1], list[Tensor]()
+    both = write_rows(model, [rows[0][:20], *rows[1:]], 4, 24, block=last)
+    written = both.ids
     assert [row.shape for row in written] == [(24,)] * 4
     for row, start in zip(written, (*rows, rows[0]), strict=True):
         assert torch.equal(row[:PROMPT], start[:PROMPT])
     ids_, random = torch.stack(written), generator(0, 0, 0)
+    last.register_forward_hook(lambda _, __, output: seen.append(output[0] if isinstance(output, tuple) else output))
     with torch.no_grad():
         logits = model(ids_).logits
+    torch.testing.assert_close(torch.stack(both.states), seen[0], rtol=1e-3, atol=1e-4)
     for at in range(PROMPT, 24):  # a draw at the edge between two tokens may fall either way
         shares = logits[:, at - 1].softmax(-1).cumsum(-1)
         drawn = torch.rand(4, 1, generator=random)
