@@ -160,7 +160,7 @@ def _parser() -> argparse.ArgumentParser:
         type=int,
         default=0,
         metavar="N",
-        help="tune scales and norms in the end, so many steps, on rows that the model writes: 20 do much (default: 0)",
+        help="tune scales and norms in the end, so many steps, on rows that the model writes, such as 20 (default: 0)",
     )
     sub.add_argument("--blocks", metavar="NAME", help="the list of decoder blocks (default: the one with most weights)")
     sub.add_argument(
