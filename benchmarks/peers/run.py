@@ -116,7 +116,8 @@ def gptqmodel(args: argparse.Namespace, rows: list[list[int]]) -> Steps:
     if args.peer == "gptqmodel-awq":
         config, backend = AWQConfig(format=FORMAT.GEMM, **options), BACKEND.AWQ_TORCH
     else:
-        config, backend = GPTQConfig(format=FORMAT.GPTQ, desc_act=False, **options), BACKEND.AUTO
+        # The first form of the format cannot tell a zero of 0 from one of 16.
+        config, backend = GPTQConfig(format=FORMAT.GPTQ_V2, desc_act=False, **options), BACKEND.AUTO
     model = GPTQModel.load(args.model, config, device="cpu")
     data = [{"input_ids": row, "attention_mask": [1] * len(row)} for row in rows]
     return (
