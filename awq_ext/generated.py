@@ -18,11 +18,11 @@ from torch import Tensor, nn
 
 from awq_ext.calibrate import fast_linears
 from awq_ext.errors import CalibrationError
-from awq_ext.precision import fast_forward, fast_products, in_float32
+from awq_ext.precision import embedding_weights, fast_forward, fast_products, in_float32
 from awq_ext.ranks import generator
 
 PROMPT = 8  # tokens of a given row that a written one begins with: it keeps to that one's subject or leaves it
-DRAWN = 16  # rows whose next token is drawn at a time, so how many times a vocabulary is in memory as floats
+DRAWN = 16  # rows whose next token is drawn at a time, which is how many times the vocabulary is in memory as float32
 CACHED = 2**14  # tokens of the rows that are written together, which the model's cache has to hold
 
 
@@ -80,11 +80,11 @@ def write_rows(
 def _computing_in_float32(model: nn.Module) -> Iterator[None]:
     """While it is open, the model computes in float32, but weights of linears and embeddings are as they were: most of
     a model's memory. How linears compute with theirs is for `fast_linears` to say."""
-    held = [m for m in model.modules() if type(m) is nn.Linear or isinstance(m, nn.Embedding)]
-    with in_float32(model, {m.get_parameter("weight") for m in held}), ExitStack() as hooks:
-        for embedding in held:
-            if isinstance(embedding, nn.Embedding):
-                hooks.callback(embedding.register_forward_hook(lambda _, __, output: output.float()).remove)
+    linears = {module.weight for module in model.modules() if type(module) is nn.Linear}
+    with in_float32(model, embedding_weights(model) | linears), ExitStack() as hooks:
+        for module in model.modules():
+            if isinstance(module, nn.Embedding):
+                hooks.callback(module.register_forward_hook(lambda _, __, output: output.float()).remove)
         yield
 
 

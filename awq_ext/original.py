@@ -16,7 +16,7 @@ from awq_ext.checkpoint import DTYPES, Places, check_filled, skeleton
 from awq_ext.errors import CheckpointError, UnsupportedModelError
 from awq_ext.experts import open_experts
 from awq_ext.format import read_headers, read_json
-from awq_ext.precision import fast_dtype
+from awq_ext.precision import embedding_weights, fast_dtype
 from awq_ext.pretrained import load_float
 from awq_ext.storage import TensorInfo
 from awq_ext.trace import find_blocks
@@ -143,7 +143,7 @@ class Streamed(Original):
     def whole(self) -> Iterator[None]:
         every = [*self._outside, *chain.from_iterable(self._in_block)]
         self._places.fill(every)
-        embeddings = {m.weight for m in self.model.modules() if isinstance(m, nn.Embedding)}
+        embeddings = embedding_weights(self.model)
         for linear in self.model.modules():  # what is read again later need not be kept beside what products are of
             if type(linear) is nn.Linear and linear.weight not in embeddings:
                 linear.weight.data = linear.weight.data.to(fast_dtype(linear.weight))

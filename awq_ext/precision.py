@@ -70,19 +70,24 @@ def product(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
     return multiply
 
 
+def embedding_weights(model: nn.Module) -> set[Tensor]:
+    """Those that rows are looked up in, which may be as large as all the rest: no product needs them in float32."""
+    return {module.get_parameter("weight") for module in model.modules() if isinstance(module, nn.Embedding)}
+
+
 @contextmanager
 def in_float32(model: nn.Module, but: Collection[Tensor] = ()) -> Iterator[dict[Tensor, torch.dtype]]:
     """While it is open, all floats of the model are float32 and none asks for a gradient. Gives their own dtypes.
 
-    Tensors in ``but`` stay as they are.
+    Tensors in ``but`` keep their dtypes.
     """
-    tensors = dict.fromkeys((*model.parameters(), *model.buffers()))
-    floats = [tensor for tensor in tensors if tensor.is_floating_point() and tensor not in but]
+    floats = [t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()]
     dtypes, trained = {t: t.dtype for t in floats}, {id(t) for t in floats if t.requires_grad}
     try:
         for tensor in floats:
             tensor.requires_grad_(False)
-            tensor.data = tensor.data.float()
+            if tensor not in but:
+                tensor.data = tensor.data.float()
         yield dtypes
     finally:
         for tensor, dtype in dtypes.items():

@@ -28,7 +28,7 @@ from awq_ext.errors import CalibrationError
 from awq_ext.fold import divide_norm
 from awq_ext.linear import AwqLinear
 from awq_ext.memory import give_back
-from awq_ext.precision import fast_dtype, fast_products, in_float32, product
+from awq_ext.precision import embedding_weights, fast_dtype, fast_products, in_float32, product
 from awq_ext.report import Tuned
 from awq_ext.trace import is_norm
 
@@ -89,8 +89,7 @@ def tune(
 
     Raises CalibrationError if the divergence is not finite before anything is tuned.
     """
-    embeddings = {m.get_parameter("weight") for m in model.modules() if isinstance(m, nn.Embedding)}  # run in vain here
-    with _in_gemm_layout(linears), in_float32(model, embeddings) as dtypes:
+    with _in_gemm_layout(linears), in_float32(model, embedding_weights(model)) as dtypes:
         student = _Student(model, blocks, linears, run)
         optimizer = torch.optim.Adam(student.logs, lr=RATE, betas=(0.9, 0.95))
         for log in student.logs:

@@ -103,6 +103,7 @@ def test_tuned_models_are_nearer_to_the_original(
     assert f"{tuned.kl:.4f}" in after.awq_report.summary()
     names = dict(before.named_parameters())
     assert all(p.dtype == dtype and p.requires_grad == names[n].requires_grad for n, p in after.named_parameters())
+    assert all(p.grad is None for p in after.parameters())
     for (name, old), new in zip(before.state_dict().items(), after.state_dict().values(), strict=True):
         free = name.endswith(".scales") or "norm" in name
         assert old.dtype == new.dtype
