@@ -118,7 +118,7 @@ inline Vector exchange_inside(Vector x, int shift, Mask mask) {
 inline void transpose_words(Tile& tile, int first, int step) {
   const auto load = [&](int row, int word, Words(&a)[kLanes]) {
     for (int i = 0; i < kLanes; ++i) a[i] = *vector_at(tile, first + (row + i) * step, word);
-    transpose(a);
+    interleave(a);
   };
   const auto store = [&](const Words(&a)[kLanes], int row, int word) {
     for (int i = 0; i < kLanes; ++i) *vector_at(tile, first + (row + i) * step, word) = a[i];

@@ -98,15 +98,37 @@ inline std::int32_t sum_of(Ints v) {
 #endif
 }
 
-/// The lowest byte of every lane, to kLanes bytes at p.
-inline void store_lowest_bytes(std::int8_t* p, Ints v) {
-#if defined(__aarch64__)  // compilers have no vectors of four bytes there and go lane by lane
-  const int8x16_t bytes = vreinterpretq_s8_s32(reinterpret_cast<int32x4_t>(v));
-  const int8x16_t even = vuzp1q_s8(bytes, bytes), lowest = vuzp1q_s8(even, even);
-  std::memcpy(p, &lowest, sizeof(SmallBytes));
+/// The lowest bytes of all lanes of four vectors, in order.
+inline Words lowest_bytes(const Ints (&v)[4]) {
+#if defined(__AVX2__)
+  // Of each sixteen bytes of the four, packing makes one sixteen: as words, a matrix to transpose.
+  const auto of = [&](int i) { return v[i] & 255; };
+#if defined(__AVX512F__)
+  const auto pack = [](Ints a, Ints b) {
+    return _mm512_packus_epi32(reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(b));
+  };
+  const __m512i bytes = _mm512_packus_epi16(pack(of(0), of(1)), pack(of(2), of(3)));
+  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  return reinterpret_cast<Words>(_mm512_permutexvar_epi32(order, bytes));
 #else
-  const SmallBytes bytes = __builtin_convertvector(v, SmallBytes);
-  std::memcpy(p, &bytes, sizeof bytes);
+  const auto pack = [](Ints a, Ints b) {
+    return _mm256_packus_epi32(reinterpret_cast<__m256i>(a), reinterpret_cast<__m256i>(b));
+  };
+  const __m256i bytes = _mm256_packus_epi16(pack(of(0), of(1)), pack(of(2), of(3)));
+  return reinterpret_cast<Words>(_mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7)));
+#endif
+#elif defined(__aarch64__)  // compilers have no vectors of four bytes there and go lane by lane
+  const auto even = [](Ints a, Ints b) {
+    return vuzp1q_s8(reinterpret_cast<int8x16_t>(a), reinterpret_cast<int8x16_t>(b));
+  };
+  return reinterpret_cast<Words>(vuzp1q_s8(even(v[0], v[1]), even(v[2], v[3])));
+#else
+  SmallBytes bytes[4];
+  for (int i = 0; i < 4; ++i) bytes[i] = __builtin_convertvector(v[i], SmallBytes);
+  Words words;
+  static_assert(sizeof bytes == sizeof words);
+  std::memcpy(&words, bytes, sizeof words);
+  return words;
 #endif
 }
 
@@ -272,17 +294,18 @@ inline void riffle(Words a, Words b, Words& low, Words& high) {
 #endif
 }
 
-/// Transposes kLanes x kLanes words. Let the bits of a row's number and then of a lane's be one number: a round of
-/// riffles moves each word to where that number is rotated by one bit, so after log2(kLanes) rounds row and lane have
-/// changed places.
-inline void transpose(Words (&a)[kLanes]) {
+/// Of vectors that are rows of words, the words column by column. kRows is a power of two, kLanes at most; kLanes rows
+/// are transposed. Let the bits of a row's number and then of a lane's be one number: a round of riffles moves each
+/// word to where that number is rotated by one bit, so after log2(kRows) rounds the row's bits are the lowest.
+template <int kRows>
+inline void interleave(Words (&a)[kRows]) {
 #pragma GCC unroll 4
-  for (int round = 1; round < kLanes; round *= 2) {
-    Words b[kLanes];
+  for (int round = 1; round < kRows; round *= 2) {
+    Words b[kRows];
 #pragma GCC unroll 8
-    for (int i = 0; i < kLanes / 2; ++i) riffle(a[i], a[i + kLanes / 2], b[2 * i], b[2 * i + 1]);
+    for (int i = 0; i < kRows / 2; ++i) riffle(a[i], a[i + kRows / 2], b[2 * i], b[2 * i + 1]);
 #pragma GCC unroll 16
-    for (int i = 0; i < kLanes; ++i) a[i] = b[i];
+    for (int i = 0; i < kRows; ++i) a[i] = b[i];
   }
 }
 

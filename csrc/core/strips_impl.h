@@ -49,73 +49,131 @@ struct Rounded {
   float step, sum;
 };
 
-/// x[0 .. count), count a multiple of kLanes, as digits. The same at every level: nothing is added but integers.
-template <int kDigits>
-inline Rounded round_segment(const float* x, std::int64_t count, std::int8_t (*digits)[kSegment]) {
-  Ints largest{};  // bits of |x|, which order numbers as their values do, then infinity, then NaN
+inline constexpr std::int64_t kDigitValues = 4 * kLanes;     // values: of as many, a digit fills a vector
+inline constexpr std::int64_t kSegmentWords = kSegment / 4;  // of a digit
+static_assert(kSegment % kDigitValues == 0);
+
+/// Whole numbers nearest to v, ties to even: |v| + 2^23, or v + 1.5 * 2^23, is worth one in its last bit, so that the
+/// addition rounds. The latter needs |v| <= 2^22.
+template <bool kSmall>
+inline Ints nearest(Floats v) {
+  if constexpr (kSmall) return reinterpret_cast<Ints>(v + 0x1.8p23f) - 0x4b400000;
+  const auto bits = reinterpret_cast<Words>(v);
+  const Ints magnitude = reinterpret_cast<Ints>(reinterpret_cast<Floats>(bits & 0x7fffffffu) + 0x1p23f) - 0x4b000000;
+  const Ints sign = reinterpret_cast<Ints>(bits) >> 31;
+  return (magnitude ^ sign) - sign;
+}
+
+/// The bits of the largest |x|, which order numbers as their values do, then infinity, then NaN.
+inline std::int32_t largest_bits(const float* x, std::int64_t count) {
+  Ints largest{};
   for (std::int64_t i = 0; i < count; i += kLanes) {
-    const auto bits =
-        reinterpret_cast<Ints>(load_words(reinterpret_cast<const std::uint32_t*>(x + i), kLanes) & 0x7fffffffu);
+    const auto bits = reinterpret_cast<Ints>(reinterpret_cast<Words>(load(x + i)) & 0x7fffffffu);
     largest = bits > largest ? bits : largest;
   }
-  const std::int32_t most = largest_of(largest);
-  if (most >= 0x7f800000) {  // a step of NaN makes the whole row of y NaN
-    for (int d = 0; d < kDigits; ++d) std::memset(digits[d], 0, kSegment);
+  return largest_of(largest);
+}
+
+/// x[0 .. count), count a multiple of kDigitValues, as digits. The same at every level: nothing is added but integers.
+template <int kDigits>
+inline Rounded round_segment(const float* x, std::int64_t count, std::int32_t largest,
+                             std::uint32_t (&digits)[kDigits][kSegmentWords]) {
+  if (largest >= 0x7f800000) {  // a step of NaN makes the whole row of y NaN
+    std::memset(digits, 0, sizeof digits);
     return {std::numeric_limits<float>::quiet_NaN(), 0.0f};
   }
   // The largest number that digits can hold; of three only what leaves room for the roundings of 1 / step and of v.
   constexpr float kLimit = kDigits == 1 ? 127.0f : kDigits == 2 ? 127.0f * 257.0f : 127.0f * 65536.0f;
-  float step = std::bit_cast<float>(most) / kLimit;
+  float step = std::bit_cast<float>(largest) / kLimit;
   if (step < 0x1p-126f) step = 0x1p-126f;  // so that 1 / step is finite
   const Floats inverse = broadcast(1.0f / step);
+  constexpr bool kSmall = kDigits < 3;
   Ints sum{};
-  for (std::int64_t i = 0; i < count; i += kLanes) {
-    const auto v = reinterpret_cast<Words>(load(x + i) * inverse);
-    // |v| < 2^23: in 2^23 + |v| the last bit is worth one, so the addition rounds to nearest, ties to even.
-    const Floats shifted = reinterpret_cast<Floats>(v & 0x7fffffffu) + 0x1p23f;
-    const Ints magnitude = reinterpret_cast<Ints>(shifted) - 0x4b000000, sign = reinterpret_cast<Ints>(v) >> 31;
-    Ints rest = (magnitude ^ sign) - sign;
-    sum += rest;
+  for (std::int64_t i = 0; i < count; i += kDigitValues) {
+    Ints rest[4];
+#pragma GCC unroll 4
+    for (int v = 0; v < 4; ++v) sum += rest[v] = nearest<kSmall>(load(x + i + v * kLanes) * inverse);
 #pragma GCC unroll 3
     for (int d = kDigits - 1; d >= 0; --d) {
-      store_lowest_bytes(digits[d] + i, rest);  // rest mod 256, as -128 .. 127
-      rest = (rest + 128) >> 8;
+      const Words words = lowest_bytes(rest);  // rest mod 256, as -128 .. 127
+      std::memcpy(digits[d] + i / 4, &words, sizeof words);
+#pragma GCC unroll 4
+      for (Ints& v : rest) v = (v + 128) >> 8;
     }
   }
   return {step, static_cast<float>(sum_of(sum))};
 }
 
+/// The first `count` words of some vectors. (Of a memcpy or a loop g++ makes an instruction that takes long to start.)
+template <int kCount>
+inline __attribute__((always_inline)) void store_words(const Words (&a)[kCount], std::int64_t count,
+                                                       std::uint32_t* to) {
+#pragma GCC unroll 8
+  for (int i = 0; i < kCount; ++i, count -= kLanes) {
+    if (count >= kLanes)
+      *reinterpret_cast<WordsAnywhere*>(to + i * kLanes) = a[i];
+    else if (count > 0)
+      std::memcpy(to + i * kLanes, &a[i], static_cast<std::size_t>(count) * sizeof *to);
+  }
+}
+
+/// Words [kRows][kStride], the first `words` of each row, as [words][kRows] at out.
+template <int kRows, std::int64_t kStride>
+inline void interleave_vectors(const std::uint32_t* from, std::int64_t words, std::uint32_t* out) {
+  for (std::int64_t word = 0; word < words; word += kLanes, out += kRows * kLanes) {
+    Words a[kRows];
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) a[r] = load_words(from + r * kStride + word, kLanes);
+    interleave(a);
+    store_words(a, (words - word) * kRows, out);
+  }
+}
+
+/// The same for any number of rows, kTogether words of each at a time.
+template <std::int64_t kStride>
+inline void interleave_rows(const std::uint32_t* from, std::int64_t rows, std::int64_t words, std::uint32_t* out) {
+  if (rows == 1) return interleave_vectors<1, kStride>(from, words, out);
+  if constexpr (kTogether == 1) {
+    if (rows == 2) return interleave_vectors<2, kStride>(from, words, out);
+    if (rows == 4) return interleave_vectors<4, kStride>(from, words, out);
+    if (rows == 8) return interleave_vectors<8, kStride>(from, words, out);
+  }
+  for (std::int64_t word = 0; word < words; word += kTogether)
+    for (std::int64_t r = 0; r < rows; ++r, out += kTogether)
+      std::memcpy(out, from + r * kStride + word, kTogether * sizeof *out);
+}
+
 template <int kDigits>
 inline void prepare_tile(const StripsWork& work, std::int64_t tile) {
+  constexpr int kMostRows = kRegisters / 4;
   const LinearArgs& a = *work.args;
   const Segments segments(a.k, a.group);
-  const std::int64_t rows = work.tile_rows;
-  std::uint32_t* const words = work.x + tile * work.words(a.k);
-  float* const parameters = work.parameters + tile * work.floats(segments.count);
-  alignas(64) float x[kSegment];
-  alignas(64) std::int8_t digits[kDigits][kSegment];
-  for (std::int64_t r = 0; r < rows; ++r) {
-    const std::int64_t row = tile * rows + r;
-    for (std::int64_t i = 0; i < segments.count; ++i) {
-      const std::int64_t begin = segments.begin(i), size = segments.size(i), octets = ceil_div(size, kOctet);
-      Rounded rounded{0.0f, 0.0f};
-      if (row < work.rows) {
-        for (std::int64_t j = size / kLanes * kLanes; j < kSegment; ++j) x[j] = 0.0f;
-        convert_to_float(a.x, a.x_type, (work.row + row) * a.x_stride + begin, size, x);
-        constexpr std::int64_t kWhole = kLanes < kOctet ? kOctet : kLanes;  // digits of padding are 0
-        rounded = round_segment<kDigits>(x, ceil_div(size, kWhole) * kWhole, digits);
-      } else {
-        std::memset(digits, 0, sizeof digits);
-      }
-      std::uint32_t* out = words + work.words(begin) + r * kTogether;
-      for (int d = 0; d < kDigits; ++d, out += 2 * octets * rows) {
-        if (rows == 1) std::memcpy(out, digits[d], static_cast<std::size_t>(octets * kOctet));
-        for (std::int64_t quad = 0; quad < 2 * octets && rows > 1; ++quad)
-          std::memcpy(out + quad / kTogether * kTogether * rows + quad % kTogether, digits[d] + 4 * quad, sizeof *out);
-      }
-      parameters[work.floats(i) + r] = rounded.step;
-      parameters[work.floats(i) + rows + r] = rounded.sum;
+  const std::int64_t rows = work.tile_rows, first = tile * rows;
+  const std::int64_t filled = work.rows - first < rows ? work.rows - first : rows;
+  std::uint32_t* out = work.x + tile * work.words(a.k);
+  float* parameters = work.parameters + tile * work.floats(segments.count);
+  alignas(64) float x[kMostRows][kSegment];
+  alignas(64) std::uint32_t digits[kMostRows][kDigits][kSegmentWords];
+  std::int32_t largest[kMostRows] = {};
+  for (std::int64_t r = filled; r < rows; ++r) std::memset(x[r], 0, sizeof x[r]);
+  std::int64_t begin = 0;
+  for (std::int64_t i = 0, rest = segments.size_from(0); i < segments.count; ++i) {
+    const std::int64_t size = rest < kSegment ? rest : kSegment, whole = ceil_div(size, kDigitValues) * kDigitValues;
+    rest = rest > kSegment ? rest - kSegment : segments.group;
+    for (std::int64_t r = 0; r < filled; ++r) {
+      convert_to_float(a.x, a.x_type, (work.row + first + r) * a.x_stride + begin, size, x[r]);
+      for (std::int64_t j = size; j < whole; ++j) x[r][j] = 0.0f;
+      largest[r] = largest_bits(x[r], whole);
     }
+    for (std::int64_t r = 0; r < rows; ++r) {
+      const Rounded rounded = round_segment(x[r], whole, largest[r], digits[r]);
+      parameters[r] = rounded.step, parameters[rows + r] = rounded.sum;
+    }
+    const std::int64_t words = ceil_div(size, kOctet) * 2;
+    for (int d = 0; d < kDigits; ++d, out += words * rows)
+      interleave_rows<kDigits * kSegmentWords>(digits[0][d], rows, words, out);
+    parameters += 2 * rows;
+    begin += size;
   }
 }
 
