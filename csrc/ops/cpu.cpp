@@ -19,8 +19,19 @@
 namespace awq::ops {
 namespace {
 
-using torch::stable::new_empty;
 using torch::stable::parallel_for;
+
+/// Contiguous, nothing written yet. torch's `new_empty` asks the dispatcher, which takes a tenth of the smallest call.
+Tensor new_tensor(const std::vector<std::int64_t>& sizes, ScalarType dtype) {
+  std::vector<std::int64_t> strides(sizes.size());
+  std::int64_t stride = 1;
+  for (std::size_t i = sizes.size(); i-- > 0; stride *= std::max<std::int64_t>(1, sizes[i])) strides[i] = stride;
+  const auto type = torch::stable::detail::to<std::int32_t>(torch::stable::detail::from(dtype));
+  AtenTensorHandle tensor = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(std::ssize(sizes), sizes.data(), strides.data(), type,
+                                                         aoti_torch_device_type_cpu(), 0, &tensor));
+  return Tensor(tensor);
+}
 
 constexpr std::int64_t kGrainBytes = 1 << 15;  // memory traffic that is worth a thread of its own
 
@@ -29,8 +40,7 @@ std::int64_t grain(std::int64_t bytes_per_item) {
 }
 
 /// Layout strips: rows of x become digits, as many rows at a time as the plan says, and then strips are multiplied.
-void run_strips(const Tensor& x, const core::LinearArgs& args, const core::LinearPlan& plan,
-                const core::Kernels& kernels) {
+void run_strips(const core::LinearArgs& args, const core::LinearPlan& plan, const core::Kernels& kernels) {
   core::StripsWork work{};
   work.args = &args, work.digits = plan.digits;
   const core::Segments segments(args.k, args.group);
@@ -44,7 +54,7 @@ void run_strips(const Tensor& x, const core::LinearArgs& args, const core::Linea
   // A row or two stay on the stack: to ask torch for memory takes as long as to multiply a small matrix.
   alignas(64) std::uint32_t near[8192];
   OptionalTensor scratch;
-  if (size > std::ssize(near)) scratch = new_empty(x, {size}, ScalarType::Float);
+  if (size > std::ssize(near)) scratch = new_tensor({size}, ScalarType::Float);
   work.x = size > std::ssize(near) ? static_cast<std::uint32_t*>(scratch->mutable_data_ptr()) : near;
   work.parameters = reinterpret_cast<float*>(work.x + words);
   for (std::int64_t row = 0; row < args.m; row += work.rows) {
@@ -63,7 +73,7 @@ Tensor linear(const Tensor& x, const Tensor& qweight, const Tensor& scales, Opti
                   describe(qweight), "; repack qweight and qzeros to 'strips' or 'gemm', and scales too ",
                   "(awq_ext.layouts.repack_scales)");
   const auto [n, k, group, groups] = shape.w;
-  Tensor y = new_empty(x, output_sizes(x, n));
+  Tensor y = new_tensor(output_sizes(x, n), x.scalar_type());
   if (shape.m == 0 || n == 0) return y;
 
   core::LinearArgs args{};
@@ -94,14 +104,14 @@ Tensor linear(const Tensor& x, const Tensor& qweight, const Tensor& scales, Opti
   }
 
   if (plan.kernel == core::LinearKernel::strips) {
-    run_strips(x, args, plan, kernels);
+    run_strips(args, plan, kernels);
     return y;
   }
 
   const bool decode = plan.kernel == core::LinearKernel::decode;
   const std::int64_t prepared = args.m * k, sums = args.m * groups;
   const std::int64_t scratch = decode ? plan.tiles * args.m * plan.tile : 0;
-  Tensor work = new_empty(x, {prepared + sums + scratch}, ScalarType::Float);
+  Tensor work = new_tensor({prepared + sums + scratch}, ScalarType::Float);
   auto* x_float = static_cast<float*>(work.mutable_data_ptr());
   const core::LinearWork job{&args, x_float, x_float + prepared, x_float + prepared + sums};
   parallel_for(0, args.m, grain(k * 8), [&](std::int64_t begin, std::int64_t end) noexcept {
@@ -117,7 +127,7 @@ Tensor dequantize(const Tensor& qweight, const Tensor& scales, OptionalTensor qz
                   std::string layout, std::optional<ScalarType> dtype) {
   const auto [n, k, group, groups] = check_weight("dequantize", qweight, scales, qzeros, group_size, layout);
   const core::DType w_type = scale_type("dequantize", dtype ? *dtype : scales.scalar_type());
-  Tensor w = new_empty(scales, {n, k}, to_scalar_type(w_type));
+  Tensor w = new_tensor({n, k}, to_scalar_type(w_type));
   const Tensor weight = as_contiguous(qweight), scale = as_contiguous(scales);
   const OptionalTensor zero = contiguous_or_none(qzeros);
   const core::DequantizeArgs args{words_of(weight),
@@ -150,9 +160,9 @@ std::tuple<Tensor, Tensor, Tensor> quantize(const Tensor& w, std::int64_t group_
   const auto [n, k, group, groups] = check_float_weight("quantize", w, group_size);
   check_range("quantize", range, w, {n, k, group, groups});
   const core::Rounding to = check_rounding("quantize", w_bit, zero_point, dtype);
-  Tensor q = new_empty(w, {n, k}, ScalarType::Byte);
-  Tensor scales = new_empty(w, {n, groups}, to_scalar_type(to.scale_type));
-  Tensor zeros = new_empty(w, {n, groups}, ScalarType::Byte);
+  Tensor q = new_tensor({n, k}, ScalarType::Byte);
+  Tensor scales = new_tensor({n, groups}, to_scalar_type(to.scale_type));
+  Tensor zeros = new_tensor({n, groups}, ScalarType::Byte);
   std::int64_t stride = 0;
   const Tensor rows = as_rows(w, stride);
   const OptionalTensor ends = contiguous_or_none(range);
@@ -184,9 +194,9 @@ std::int64_t block_grain(core::Axis axis, std::int64_t n, std::int64_t k) {
 
 /// Words for codes [n, k], nothing written yet. Large matrices ask for pages of 2 MiB before that, where they have
 /// whole ones: kernels read them as one stream, which small pages make up to a third slower.
-Tensor new_words(const Tensor& like, const core::Codes& codes, std::int64_t n, std::int64_t k) {
+Tensor new_words(const core::Codes& codes, std::int64_t n, std::int64_t k) {
   const core::WordShape shape = core::word_shape(codes, n, k);
-  Tensor words = new_empty(like, {shape.rows, shape.cols}, word_type(codes));
+  Tensor words = new_tensor({shape.rows, shape.cols}, word_type(codes));
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr std::uintptr_t page = std::uintptr_t{2} << 20;
   const auto begin = reinterpret_cast<std::uintptr_t>(words.mutable_data_ptr());
@@ -201,7 +211,7 @@ Tensor pack(const Tensor& q, std::string layout) {
   const core::Codes& to = check_codes("pack", q, layout);
   const std::int64_t n = q.size(0), k = q.size(1);
   const Tensor codes = as_contiguous(q);
-  Tensor words = new_words(q, to, n, k);
+  Tensor words = new_words(to, n, k);
   const auto* source = static_cast<const std::uint8_t*>(codes.const_data_ptr());
   void* target = words.mutable_data_ptr();
   std::atomic<bool> fits{true};
@@ -217,7 +227,7 @@ Tensor unpack(const Tensor& qweight, std::string layout) {
   const core::Codes& from = codes_of("unpack", layout);
   const auto [n, k] = check_words("unpack", qweight, layout);
   const Tensor words = as_contiguous(qweight);
-  Tensor q = new_empty(qweight, {n, k}, ScalarType::Byte);
+  Tensor q = new_tensor({n, k}, ScalarType::Byte);
   const void* source = words.const_data_ptr();
   auto* target = static_cast<std::uint8_t*>(q.mutable_data_ptr());
   parallel_for(0, core::block_count(core::Axis::n, n, k), block_grain(core::Axis::n, n, k),
@@ -232,7 +242,7 @@ Tensor repack(const Tensor& qweight, std::string src, std::string dst) {
   const auto [n, k] = check_words("repack", qweight, src);
   const core::Codes& to = check_packable("repack", n, k, dst);
   const Tensor words = as_contiguous(qweight);
-  Tensor result = new_words(qweight, to, n, k);
+  Tensor result = new_words(to, n, k);
   const void* source = words.const_data_ptr();
   void* target = result.mutable_data_ptr();
   parallel_for(0, core::block_count(to.outer, n, k), block_grain(to.outer, n, k),
@@ -256,10 +266,10 @@ void check_finite(const char* op, const char* name, const Tensor& t,
 
 /// Runs body(item, scratch) for items [0, count), each on one thread with that thread's own scratch.
 template <class Body>
-void for_items(const Tensor& like, std::int64_t count, std::int64_t scratch_size, const Body& body) {
+void for_items(std::int64_t count, std::int64_t scratch_size, const Body& body) {
   const std::int64_t threads = std::min<std::int64_t>(count, torch::stable::get_num_threads());
   if (threads == 0) return;
-  Tensor scratch = new_empty(like, {threads, scratch_size}, ScalarType::Float);
+  Tensor scratch = new_tensor({threads, scratch_size}, ScalarType::Float);
   auto* base = static_cast<float*>(scratch.mutable_data_ptr());
   std::atomic<std::int64_t> next{0};
   parallel_for(0, threads, 1, [&](std::int64_t begin, std::int64_t end) noexcept {
@@ -281,24 +291,24 @@ Tensor losses_of_scales(const core::SearchArgs& args, const Tensor& scales, cons
                         const OptionalTensor& row_weight) {
   const std::int64_t count = scales.size(0), n = args.n, k = args.k;
   const auto* scale = static_cast<const float*>(scales.const_data_ptr());
-  Tensor inverses = new_empty(scales, {count, k}, ScalarType::Float);
+  Tensor inverses = new_tensor({count, k}, ScalarType::Float);
   auto* inverse = static_cast<float*>(inverses.mutable_data_ptr());
   for (std::int64_t i = 0; i < count * k; ++i) inverse[i] = 1.0f / scale[i];
   const Tensor second_moment = as_contiguous(gram);
-  Tensor moments = new_empty(gram, {core::moments_size(args, k)}, ScalarType::Float);
+  Tensor moments = new_tensor({core::moments_size(args, k)}, ScalarType::Float);
   auto* packed = static_cast<float*>(moments.mutable_data_ptr());
   core::pack_moments(args, static_cast<const float*>(second_moment.const_data_ptr()), k, k, packed);
 
   const std::int64_t blocks = (n + core::kSearchRows - 1) / core::kSearchRows;
-  Tensor row_losses = new_empty(gram, {count, n}, ScalarType::Double);
+  Tensor row_losses = new_tensor({count, n}, ScalarType::Double);
   auto* row_loss = static_cast<double*>(row_losses.mutable_data_ptr());
-  for_items(gram, count * blocks, core::scale_scratch_size(args), [&](std::int64_t item, float* scratch) noexcept {
+  for_items(count * blocks, core::scale_scratch_size(args), [&](std::int64_t item, float* scratch) noexcept {
     const std::int64_t c = item / blocks, begin = item % blocks * core::kSearchRows;
     core::scale_losses(args, packed, scale + c * k, inverse + c * k, begin, std::min(begin + core::kSearchRows, n),
                        scratch, row_loss + c * n + begin);
   });
   const auto* importance = row_weight ? static_cast<const float*>(row_weight->const_data_ptr()) : nullptr;
-  Tensor losses = new_empty(gram, {count}, ScalarType::Double);
+  Tensor losses = new_tensor({count}, ScalarType::Double);
   auto* loss = static_cast<double*>(losses.mutable_data_ptr());
   for (std::int64_t c = 0; c < count; ++c) {
     loss[c] = 0.0;
@@ -345,12 +355,12 @@ Tensor candidates_of(const char* op, const core::SearchArgs& args, const Tensor&
   }
   const Tensor mean = as_contiguous(x_mean);
   check_finite(op, "x_mean", mean, 0.0f);
-  Tensor w_mean = new_empty(w, {k}, ScalarType::Float);
+  Tensor w_mean = new_tensor({k}, ScalarType::Float);
   auto* w_mean_data = static_cast<float*>(w_mean.mutable_data_ptr());
   parallel_for(0, k / args.group, 1, [&](std::int64_t begin, std::int64_t end) noexcept {
     core::weight_means(args, begin, end, w_mean_data);
   });
-  Tensor candidates = new_empty(w, {core::candidate_count(grid, duo_scaling), k}, ScalarType::Float);
+  Tensor candidates = new_tensor({core::candidate_count(grid, duo_scaling), k}, ScalarType::Float);
   core::scale_candidates(static_cast<const float*>(mean.const_data_ptr()), w_mean_data, tie_data, k, grid, duo_scaling,
                          static_cast<float*>(candidates.mutable_data_ptr()));
   return candidates;
@@ -386,7 +396,7 @@ std::tuple<Tensor, Tensor> search_scale(const Tensor& w, const Tensor& x_mean, c
   const double* best = std::min_element(loss, loss + losses.size(0));  // the first of equals
   STD_TORCH_CHECK(*best < std::numeric_limits<double>::infinity(),
                   "awq_ext::search_scale: no candidate has a finite loss; w, gram and row_weight must be finite");
-  Tensor scale = new_empty(w, {k}, ScalarType::Float);
+  Tensor scale = new_tensor({k}, ScalarType::Float);
   std::copy_n(static_cast<const float*>(candidates.const_data_ptr()) + (best - loss) * k, k,
               static_cast<float*>(scale.mutable_data_ptr()));
   return {scale, losses};
@@ -409,15 +419,15 @@ Tensor search_clip(const Tensor& w, const Tensor& gram, std::int64_t group_size,
                               &core::best_kernels(),
                               diagonal};
   const std::int64_t size = core::moments_size(args, group);
-  Tensor moments = new_empty(w, {groups, size}, ScalarType::Float);
+  Tensor moments = new_tensor({groups, size}, ScalarType::Float);
   auto* packed = static_cast<float*>(moments.mutable_data_ptr());
   const auto* blocks = static_cast<const float*>(second_moment.const_data_ptr());
   for (std::int64_t g = 0; g < groups; ++g)
     core::pack_moments(args, blocks + g * group * (diagonal ? 1 : k + 1), k, group, packed + g * size);
-  Tensor range = new_empty(w, {n, groups, 2}, ScalarType::Float);
+  Tensor range = new_tensor({n, groups, 2}, ScalarType::Float);
   auto* ends = static_cast<float*>(range.mutable_data_ptr());
   const std::int64_t row_blocks = (n + core::kSearchRows - 1) / core::kSearchRows;
-  for_items(w, row_blocks, core::clip_scratch_size(args, grid), [&](std::int64_t item, float* scratch) noexcept {
+  for_items(row_blocks, core::clip_scratch_size(args, grid), [&](std::int64_t item, float* scratch) noexcept {
     const std::int64_t begin = item * core::kSearchRows;
     core::clip_rows(args, packed, grid, max_shrink, begin, std::min(begin + core::kSearchRows, n), scratch, ends);
   });
@@ -443,27 +453,26 @@ std::tuple<Tensor, Tensor, Tensor> quantize_compensated(const Tensor& w, const T
   check_finite(op, "gram", second_moment);
   const auto* moments = static_cast<const float*>(second_moment.const_data_ptr());
 
-  Tensor columns = new_empty(w, {k}, ScalarType::Long), factor = new_empty(w, {k, k}, ScalarType::Float);
+  Tensor columns = new_tensor({k}, ScalarType::Long), factor = new_tensor({k, k}, ScalarType::Float);
   auto* order = static_cast<std::int64_t*>(columns.mutable_data_ptr());
   core::compensation_order(moments, k, act_order, order);
   {
-    Tensor work = new_empty(w, {k, k}, ScalarType::Double);
+    Tensor work = new_tensor({k, k}, ScalarType::Double);
     auto* a = static_cast<double*>(work.mutable_data_ptr());
     const double lambda = core::damp_gram(moments, order, k, damping, a);
     for (std::int64_t p = 0; p < k; p += core::kFactorBlock) {
       core::factor_panel(a, k, p, lambda);
       const std::int64_t first = p + core::kFactorBlock;
-      for_items(w, (k - first + core::kFactorBlock - 1) / core::kFactorBlock, 0,
-                [&](std::int64_t item, float*) noexcept {
-                  core::factor_trailing(level, a, k, p, first + item * core::kFactorBlock);
-                });
+      for_items((k - first + core::kFactorBlock - 1) / core::kFactorBlock, 0, [&](std::int64_t item, float*) noexcept {
+        core::factor_trailing(level, a, k, p, first + item * core::kFactorBlock);
+      });
     }
     core::factor_rows(a, k, static_cast<float*>(factor.mutable_data_ptr()));
   }
 
-  Tensor q = new_empty(w, {n, k}, ScalarType::Byte);
-  Tensor scales = new_empty(w, {n, groups}, to_scalar_type(to.scale_type));
-  Tensor zeros = new_empty(w, {n, groups}, ScalarType::Byte);
+  Tensor q = new_tensor({n, k}, ScalarType::Byte);
+  Tensor scales = new_tensor({n, groups}, to_scalar_type(to.scale_type));
+  Tensor zeros = new_tensor({n, groups}, ScalarType::Byte);
   const core::CompensateArgs args{static_cast<const float*>(weight.const_data_ptr()),
                                   ends ? static_cast<const float*>(ends->const_data_ptr()) : nullptr,
                                   moments,
@@ -480,7 +489,7 @@ std::tuple<Tensor, Tensor, Tensor> quantize_compensated(const Tensor& w, const T
                                   refit_scales};
   std::atomic<std::int64_t> bad{n};
   const std::int64_t blocks = (n + core::kCompensateRows - 1) / core::kCompensateRows;
-  for_items(w, blocks, core::compensate_scratch_size(args), [&](std::int64_t item, float* scratch) noexcept {
+  for_items(blocks, core::compensate_scratch_size(args), [&](std::int64_t item, float* scratch) noexcept {
     const std::int64_t begin = item * core::kCompensateRows;
     lower(bad, core::compensate_rows(level, args, begin, std::min(begin + core::kCompensateRows, n), scratch));
   });
@@ -502,12 +511,12 @@ void add_gram(Tensor sums, const Tensor& x, bool bfloat16) {
   args.sums = static_cast<float*>(sums.mutable_data_ptr());
   args.t = x.size(0), args.k = k, args.bfloat16 = bfloat16;
   const core::Kernels& kernels = core::best_kernels();
-  Tensor packed = new_empty(x, {kernels.gram_size(args)}, ScalarType::Int);
+  Tensor packed = new_tensor({kernels.gram_size(args)}, ScalarType::Int);
   args.packed = words_of(packed);
   const std::int64_t blocks = (k + kernels.gram_block - 1) / kernels.gram_block;
   parallel_for(0, blocks, grain(args.t * kernels.gram_block * 8),
                [&](std::int64_t begin, std::int64_t end) noexcept { kernels.gram_pack(args, begin, end); });
-  for_items(x, blocks * blocks, 0, [&](std::int64_t item, float*) noexcept {
+  for_items(blocks * blocks, 0, [&](std::int64_t item, float*) noexcept {
     if (item / blocks <= item % blocks) kernels.gram_add(args, item / blocks, item % blocks);
   });
 }
