@@ -304,15 +304,16 @@ class _Work:
 
         def compensate(names: Sequence[str], statistics: Statistics) -> Mapping[str, nn.Module]:
             self.say(f"codes of {', '.join(names[:3])}")
+            done = {*quantized, *names}
+            for read in map(self.reads.get, names):  # the statistics have seen what it kept
+                if read is not None and all(name in done for name, own in self.reads.items() if own is read):
+                    read.inputs.clear()
             give_back()
             gram = correction = None
             if statistics.tokens:  # an expert may be called with none, or with such only that are held out
                 gram = _with_ridge(statistics.result(self.prefix + names[0])[1], statistics.tokens)
                 correction = None if statistics.drift is None else _correction(gram, statistics.drift)
             quantized.update({name: self._quantized(name, gram, correction) for name in names})
-            for read in map(self.reads.get, names):
-                if read is not None and all(name in quantized for name, own in self.reads.items() if own is read):
-                    read.inputs.clear()
             return quantized
 
         def original(name: str) -> tuple[Mapping[int, Tensor], Tensor]:
@@ -397,8 +398,9 @@ class _Input:
 
 
 def _with_ridge(gram: Tensor, tokens: int) -> Tensor:
-    ridge = RIDGE * len(gram) / tokens * float(gram.diagonal().mean())
-    return gram + ridge * torch.eye(len(gram))
+    gram = gram.clone()
+    gram.diagonal().add_(RIDGE * len(gram) / tokens * float(gram.diagonal().mean()))
+    return gram
 
 
 def _correction(gram: Tensor, drift: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from torch.utils._pytree import keystr, tree_flatten_with_path
 from awq_ext import ops
 from awq_ext.errors import CalibrationError, UnsupportedModelError
 from awq_ext.linear import AwqLinear
+from awq_ext.memory import give_back
 from awq_ext.precision import fast_dtype, fast_forward, fast_products, product
 from awq_ext.ranks import ALONE, Ranks, SlotSum, generator
 
@@ -92,6 +93,10 @@ the divergence on another text is 5 and 1 % larger.)"""
 
 SENSITIVITY_TOKENS = 4096
 """The first batches with so many tokens show how sensitive a block is: an average over them has long settled."""
+
+
+TRIMMED = 4
+"""After so many batches memory that the C library keeps is given back: between their states it finds no use for it."""
 
 
 class _Stop(Exception):
@@ -401,9 +406,11 @@ class BlockInputs:
                     statistics.add(waiting[at][1], self.places[at][1], other)
                 done.update(quantize(order[first], statistics))
                 forwards.update({name: _fast_forward(done[name]) for name in order[first]})
-                for at in ready:
+                for i, at in enumerate(ready):
                     del waiting[at]
                     proceed(at, runs[at])
+                    if i % TRIMMED == TRIMMED - 1:
+                        give_back()
 
 
 @contextmanager
