@@ -95,10 +95,6 @@ SENSITIVITY_TOKENS = 4096
 """The first batches with so many tokens show how sensitive a block is: an average over them has long settled."""
 
 
-TRIMMED = 4
-"""After so many batches memory that the C library keeps is given back: between their states it finds no use for it."""
-
-
 class _Stop(Exception):
     """Ends a forward pass that has shown what it was run for."""
 
@@ -297,6 +293,7 @@ class BlockInputs:
                     signs = torch.randint(0, 2, output.shape, generator=generator(seed, index, number))
                     output.backward(signs.to(output) * 2 - 1)
                 self.hidden[at] = output.detach()
+                _give_back_after(at)
         sensitivity = {}
         for name, linear in (linears or {}).items():
             total = squares[name].total
@@ -401,16 +398,22 @@ class BlockInputs:
                 kept, scale = original(order[first][0])
                 known = all(at in kept and self._is_whole(waiting[at][1], at) for at in ready)
                 known = self.ranks.least(int(known)) == 1
-                for at in ready:
+                for i, at in enumerate(ready):
                     other = kept[at].float() / scale.to(kept[at].device) if known else None
                     statistics.add(waiting[at][1], self.places[at][1], other)
+                    _give_back_after(i)
                 done.update(quantize(order[first], statistics))
                 forwards.update({name: _fast_forward(done[name]) for name in order[first]})
                 for i, at in enumerate(ready):
                     del waiting[at]
                     proceed(at, runs[at])
-                    if i % TRIMMED == TRIMMED - 1:
-                        give_back()
+                    _give_back_after(i)
+
+
+def _give_back_after(batch: int) -> None:
+    """After every fourth, free memory: the C library finds little use for it between the states that stay."""
+    if batch % 4 == 3:
+        give_back()
 
 
 @contextmanager
