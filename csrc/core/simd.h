@@ -294,9 +294,9 @@ inline void riffle(Words a, Words b, Words& low, Words& high) {
 #endif
 }
 
-/// Of vectors that are rows of words, the words column by column. kRows is a power of two, kLanes at most; kLanes rows
-/// are transposed. Let the bits of a row's number and then of a lane's be one number: a round of riffles moves each
-/// word to where that number is rotated by one bit, so after log2(kRows) rounds the row's bits are the lowest.
+/// Of vectors that are rows of words, the words column by column. kRows is a power of two; kLanes rows are transposed.
+/// Let the bits of a row's number and then of a lane's be one number: a round of riffles moves each word to where that
+/// number is rotated by one bit, so after log2(kRows) rounds the row's bits are the lowest.
 template <int kRows>
 inline void interleave(Words (&a)[kRows]) {
 #pragma GCC unroll 4

@@ -145,7 +145,7 @@ inline void interleave_rows(const std::uint32_t* from, std::int64_t rows, std::i
 
 template <int kDigits>
 inline void prepare_tile(const StripsWork& work, std::int64_t tile) {
-  constexpr int kMostRows = kRegisters / 4;
+  constexpr int kMostRows = kRowsOfDigits[kDigits - 1];
   const LinearArgs& a = *work.args;
   const Segments segments(a.k, a.group);
   const std::int64_t rows = work.tile_rows, first = tile * rows;

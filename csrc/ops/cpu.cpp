@@ -51,7 +51,7 @@ void run_strips(const core::LinearArgs& args, const core::LinearPlan& plan, cons
   shape(0);  // later turns have not more rows, filled up to whole tiles
   const std::int64_t words = work.tiles() * work.words(args.k);
   const std::int64_t size = words + work.tiles() * work.floats(segments.count);
-  // A row or two stay on the stack: to ask torch for memory takes as long as to multiply a small matrix.
+  // A row or two stay on the stack, for which nobody has to be asked.
   alignas(64) std::uint32_t near[8192];
   OptionalTensor scratch;
   if (size > std::ssize(near)) scratch = new_tensor({size}, ScalarType::Float);
