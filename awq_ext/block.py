@@ -66,6 +66,14 @@ class Calibration:
     """Many windows of one token."""
     several: BlockInputs
     """A few windows of several tokens, the same for all ranks."""
+    besides: BlockInputs | None = None
+    """Rows that nothing is chosen by, but of which the original's hidden states are wanted; the same for all ranks."""
+
+    def advance(self, index: int, block: nn.Module) -> None:
+        """Move the original's hidden states, but those of ``rows``, on through its block."""
+        for inputs in (self.several, self.besides):
+            if inputs is not None:
+                inputs.advance(index, block)
 
 
 @dataclass
@@ -110,7 +118,7 @@ class BlockQuantizer:
         if self.calibration is not None:
             block.float().requires_grad_(False)
             self.calibration.rows.advance(index, block)
-            self.calibration.several.advance(index, block)
+            self.calibration.advance(index, block)
         install()
         if self.calibration is not None and self.settings.method in COMPENSATING:
             dtypes = {name: parameter.dtype for name, parameter in block.named_parameters()}
@@ -183,7 +191,7 @@ class _Work:
         self.say("looking for folds")
         folds = self._find_folds() if searched else []
         order = several.reading_order(self.index, self.block, self.linears)
-        several.advance(self.index, self.block)
+        self.calibration.advance(self.index, self.block)
         self.say("statistics")
         first = {reader: fold.readers[0] for fold in folds for reader in fold.readers}
         watched = {first.get(name, name): self.block.get_submodule(first.get(name, name)) for name in self.linears}
@@ -325,6 +333,7 @@ class _Work:
             for name, parameter in self.block.named_parameters():
                 if name.rpartition(".")[0] not in self.linears:
                     parameter.data = parameter.data.to(self.dtypes[name]).float()
+            give_back()
             self.calibration.rows.quantize_in_turn(self.index, self.block, self.linears, order, compensate, original)
         for name in self.linears:
             if name not in quantized:

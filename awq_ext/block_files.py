@@ -101,7 +101,7 @@ class BlockFiles:
         return made
 
     def install(self, index: int, block: nn.Module) -> None:
-        """Make the original's block the quantized one."""
+        """Make the original's block the quantized one, or fill that."""
         tensors = {name: tensor.read() for name, tensor in read_header(self._file(index)).tensors.items()}
         for name, scales in tensors.items():
             owner, _, part = name.rpartition(".")
@@ -110,7 +110,7 @@ class BlockFiles:
                 bias, group_size = f"{owner}.bias" in tensors, k // len(scales)
                 linear = AwqLinear(k, words * PACK, bias=bias, group_size=group_size, device="meta")
                 block.set_submodule(owner, linear.train(block.training))
-            elif part == "scales":
+            elif part == "scales" and not isinstance(block.get_submodule(owner), ScaledActivation):
                 block.set_submodule(owner, ScaledActivation(block.get_submodule(owner), torch.empty_like(scales)))
         block.load_state_dict(tensors, assign=True)
 

@@ -430,11 +430,11 @@ def forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator
 
 
 @contextmanager
-def fast_linears(block: nn.Module) -> Iterator[None]:
-    """The linears of a block, quantized or not, compute as `_fast_forward` says."""
+def fast_linears(block: nn.Module, *kinds: type[nn.Module]) -> Iterator[None]:
+    """The linears of a block, of ``kinds`` (none: quantized or not), compute as `_fast_forward` says."""
     with ExitStack() as restored:
         for module in block.modules():
-            if type(module) in (nn.Linear, AwqLinear):
+            if type(module) in (kinds or (nn.Linear, AwqLinear)):
                 restored.enter_context(forward_replaced(module, _fast_forward(module)))
         yield
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,20 +17,14 @@ from torch import Tensor, nn
 
 from awq_ext.calibrate import fast_linears
 from awq_ext.errors import CalibrationError
-from awq_ext.precision import embedding_weights, fast_forward, fast_products, in_float32
+from awq_ext.linear import AwqLinear
+from awq_ext.memory import give_back
+from awq_ext.precision import embedding_weights, fast_dtype, fast_forward, fast_products, in_float32
 from awq_ext.ranks import generator
 
 PROMPT = 8  # tokens of a given row that a written one begins with: it keeps to that one's subject or leaves it
-DRAWN = 16  # rows whose next token is drawn at a time, which is how many times the vocabulary is in memory as float32
+DRAWN = 4  # rows whose next token is drawn at a time, which is how many times the vocabulary is in memory as float32
 CACHED = 2**14  # tokens of the rows that are written together, which the model's cache has to hold
-
-
-@dataclass
-class Written:
-    """Rows that a model wrote: ids int64 [length] of each, and hidden states float32 [length, width], if asked for."""
-
-    ids: list[Tensor] = field(default_factory=list)
-    states: list[Tensor] = field(default_factory=list)
 
 
 @torch.no_grad()
@@ -43,18 +36,17 @@ def write_rows(
     length: int,
     *,
     seed: tuple[int, int] = (0, 0),
-    block: nn.Module | None = None,
     done: Callable[[int], None] = lambda tokens: None,
-) -> Written:
+) -> list[Tensor]:
     """``count`` rows of ``length`` token ids; ``rows`` are some that are given, int64 [any] each.
 
     They begin as one of ``rows`` each, in turn, and go on with tokens drawn from all that the model predicts there
     (temperature 1), whatever these are: behind the token that ends a text a new one begins. The numbers that draw them
-    depend on ``seed``. ``block`` is a part of the model whose output for the rows is wanted, too. ``done`` is told how
-    many tokens have been written since it was last called.
+    depend on ``seed``. ``done`` is told how many tokens have been written since it was last called.
 
     The model, of transformers, is run in float32 (:mod:`awq_ext.precision` says where in bfloat16), and is then as it
-    was. Weights of linears that are of another dtype than their products are in memory in both.
+    was. Its linears may be AwqLinears. Weights of those that are none, and of another dtype than their products, are in
+    memory in both.
 
     Raises CalibrationError if the model is not of transformers, keeps no cache, or predicts what is not finite.
     """
@@ -63,29 +55,35 @@ def write_rows(
             f"only a causal language model of transformers can write rows, got a {type(model).__name__}; "
             "pass generated=0 and tune_steps=0"
         )
-    written = Written()
     if not count:
-        return written
+        return []
     begin = min(PROMPT, length, *map(len, rows))
     prompts = torch.stack([rows[i % len(rows)][:begin] for i in range(count)])
-    with _computing_in_float32(model), fast_linears(model), fast_forward():
+    written: list[Tensor] = []
+    with _computing_in_float32(model), fast_linears(model, nn.Linear), fast_forward():
         for number, ids in enumerate(prompts.split(max(1, CACHED // length))):
-            batch = _continue(model, ids, length, generator(*seed, number), block, done)
-            written.ids += batch.ids
-            written.states += batch.states
+            written += _continue(model, ids, length, generator(*seed, number), done)
     return written
 
 
 @contextmanager
 def _computing_in_float32(model: nn.Module) -> Iterator[None]:
     """While it is open, the model computes in float32, but weights of linears and embeddings are as they were: most of
-    a model's memory. How linears compute with theirs is for `fast_linears` to say."""
+    a model's memory. How nn.Linears compute with theirs is for `fast_linears` to say."""
     linears = {module.weight for module in model.modules() if type(module) is nn.Linear}
-    with in_float32(model, embedding_weights(model) | linears), ExitStack() as hooks:
+    with in_float32(model, embedding_weights(model) | linears), ExitStack() as stack:
         for module in model.modules():
             if isinstance(module, nn.Embedding):
-                hooks.callback(module.register_forward_hook(lambda _, __, output: output.float()).remove)
+                stack.callback(module.register_forward_hook(lambda _, __, output: output.float()).remove)
+            elif isinstance(module, AwqLinear):
+                stack.callback(module.register_forward_pre_hook(_with_fast_input).remove)
         yield
+
+
+def _with_fast_input(_: nn.Module, args: tuple[Any, ...]) -> Tensor:
+    """An AwqLinear takes more steps for an input of float32."""
+    x: Tensor = args[0]
+    return x.to(fast_dtype(x))
 
 
 def _continue(
@@ -93,31 +91,24 @@ def _continue(
     ids: Tensor,
     length: int,
     random: torch.Generator,
-    block: nn.Module | None,
     done: Callable[[int], None],
-) -> Written:
+) -> list[Tensor]:
     """As `write_rows`; ``ids`` are the first of each row."""
-    parts, states, cache = [ids], list[Tensor](), None
+    parts, cache = [ids], None
     options = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
-
-    def see(_: nn.Module, __: Any, output: Any) -> None:
-        states.append((output[0] if isinstance(output, tuple) else output).float().cpu())
-
-    with ExitStack() as hooks:
-        if block is not None:
-            hooks.callback(block.register_forward_hook(see).remove)
-        # The states of the last token are those of the step behind it, which draws one more.
-        for _ in range(length - ids.shape[1] + (block is not None)):
-            output = model(input_ids=parts[-1].to(model.device), past_key_values=cache, use_cache=True, **options)
-            cache = getattr(output, "past_key_values", None)
-            if cache is None:  # the next call would not know of these tokens
-                raise CalibrationError(
-                    f"{type(model).__name__} returns no past_key_values, which it needs to write rows; "
-                    "pass generated=0 and tune_steps=0"
-                )
-            parts.append(_draw(output.logits[:, -1], random))
-            done(len(ids))
-    return Written(list(torch.cat(parts, 1)[:, :length]), list(torch.cat(states, 1)) if states else [])
+    for _ in range(length - ids.shape[1]):
+        output = model(input_ids=parts[-1].to(model.device), past_key_values=cache, use_cache=True, **options)
+        cache = getattr(output, "past_key_values", None)
+        if cache is None:  # the next call would not know of these tokens
+            raise CalibrationError(
+                f"{type(model).__name__} returns no past_key_values, which it needs to write rows; "
+                "pass generated=0 and tune_steps=0"
+            )
+        parts.append(_draw(output.logits[:, -1], random))
+        del output
+        give_back()  # the cache grows by copies of all of it, which leave holes
+        done(len(ids))
+    return list(torch.cat(parts, 1))
 
 
 def _draw(logits: Tensor, random: torch.Generator) -> Tensor:

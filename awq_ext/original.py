@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from awq_ext import llm_awq
@@ -16,10 +16,16 @@ from awq_ext.checkpoint import DTYPES, Places, check_filled, skeleton
 from awq_ext.errors import CheckpointError, UnsupportedModelError
 from awq_ext.experts import open_experts
 from awq_ext.format import read_headers, read_json
-from awq_ext.precision import embedding_weights, fast_dtype
+from awq_ext.linear import AwqLinear, why_not
+from awq_ext.memory import give_back
+from awq_ext.precision import fast_dtype
 from awq_ext.pretrained import load_float
 from awq_ext.storage import TensorInfo
+from awq_ext.swap import as_linear
 from awq_ext.trace import find_blocks
+
+ROUNDED_GROUP = 32
+"""Input channels that share a scale in `Original.rounded`: the fewest that cost no more than 5 bits a weight."""
 
 
 class Original:
@@ -53,14 +59,57 @@ class Original:
         return f"{self.blocks_name}.{index}."
 
     @contextmanager
-    def outside(self) -> Iterator[None]:
-        """While open, what the model needs to be run up to the last block is in memory."""
+    def outside(self, *, head: bool = False) -> Iterator[None]:
+        """While open, what the model needs to be run up to the last block, or with its output head, is in memory."""
         yield
 
     @contextmanager
-    def whole(self) -> Iterator[None]:
-        """While open, all of the model is in memory, to be run."""
-        yield
+    def rounded(self) -> Iterator[None]:
+        """While open, all of the model is in memory, to be run, the linears of its blocks rounded to 4 bits.
+
+        So it takes about as much memory as the result will. Linears that cannot be rounded are as they are, and what is
+        outside the blocks as in `fast_outside`.
+        """
+        replaced: dict[str, nn.Module] = {}
+        with self.outside(head=True), self.fast_outside():
+            try:
+                for index in range(len(self.blocks)):
+                    for name, module in list(self.load(index).named_modules(prefix=f"{self.blocks_name}.{index}")):
+                        linear = as_linear(module)
+                        if linear is None or why_not(linear.in_features, linear.out_features, ROUNDED_GROUP):
+                            continue
+                        layer = AwqLinear.from_linear(linear, ROUNDED_GROUP, dtype=torch.float32)
+                        self.unload_weight(f"{name}.weight")
+                        self.model.set_submodule(name, layer)
+                        replaced[name] = module
+                give_back()
+                yield
+            finally:
+                for name, module in replaced.items():
+                    self.model.set_submodule(name, module)
+                for index in range(len(self.blocks)):
+                    self.unload(index)
+
+    @contextmanager
+    def fast_outside(self) -> Iterator[None]:
+        """While open, embeddings and linears outside the blocks are of the dtype in which products are fast.
+
+        So a vocabulary's weights need not be in memory in two.
+        """
+        old = [(weight, weight.data) for weight in self._vocabulary()]
+        for weight, data in old:
+            weight.data = data.to(fast_dtype(data))
+        try:
+            yield
+        finally:
+            for weight, data in old:
+                weight.data = data
+
+    def _vocabulary(self) -> set[nn.Parameter]:
+        """The weights of embeddings and linears outside the blocks."""
+        inside = {module for block in self.blocks for module in block.modules()}
+        outside = [m for m in self.model.modules() if isinstance(m, (nn.Embedding, nn.Linear)) and m not in inside]
+        return {module.get_parameter("weight") for module in outside}
 
     def load(self, index: int) -> nn.Module:
         """The block, in memory."""
@@ -68,6 +117,9 @@ class Original:
 
     def unload(self, index: int) -> None:
         """The block, which is as it was loaded, is not needed for now."""
+
+    def unload_weight(self, name: str) -> None:
+        """A tensor of a block, by the model's name for it, is not needed until the block is loaded again."""
 
     def drop(self, index: int) -> None:
         """The block, whatever has become of it, is not needed any more."""
@@ -127,9 +179,9 @@ class Streamed(Original):
         return None if rest == name else int(rest.partition(".")[0])
 
     @contextmanager
-    def outside(self) -> Iterator[None]:
-        head = self.model.get_output_embeddings()
-        own = {f"{name}." for name, module in self.model.named_modules() if module is head}
+    def outside(self, *, head: bool = False) -> Iterator[None]:
+        left_out = None if head else self.model.get_output_embeddings()
+        own = {f"{name}." for name, module in self.model.named_modules() if module is left_out}
         needed = [
             stored
             for stored in self._outside
@@ -140,15 +192,17 @@ class Streamed(Original):
         self._places.clear(needed)
 
     @contextmanager
-    def whole(self) -> Iterator[None]:
-        every = [*self._outside, *chain.from_iterable(self._in_block)]
-        self._places.fill(every)
-        embeddings = embedding_weights(self.model)
-        for linear in self.model.modules():  # what is read again later need not be kept beside what products are of
-            if type(linear) is nn.Linear and linear.weight not in embeddings:
-                linear.weight.data = linear.weight.data.to(fast_dtype(linear.weight))
-        yield
-        self._places.clear(every)
+    def fast_outside(self) -> Iterator[None]:
+        weights = self._vocabulary()
+        stored = [self._stored[name] for name, weight in self.model.named_parameters() if weight in weights]
+        for weight in weights:
+            weight.data = _converted(weight.data, fast_dtype(weight))
+        del weights, weight  # memory that `clear` is to free
+        try:
+            yield
+        finally:
+            self._places.clear(stored)
+            self._places.fill(stored)
 
     def load(self, index: int) -> nn.Module:
         self._places.fill(self._in_block[index])
@@ -157,8 +211,13 @@ class Streamed(Original):
     def unload(self, index: int) -> None:
         self._places.clear(self._in_block[index])
 
+    def unload_weight(self, name: str) -> None:
+        self._places.clear([self._stored[name]])
+
     def drop(self, index: int) -> None:
-        self.blocks[index].to("meta")
+        block = self.blocks[index]
+        tensors = {name: torch.empty_like(tensor, device="meta") for name, tensor in block.state_dict().items()}
+        block.load_state_dict(tensors, assign=True)
 
     def read(self, name: str) -> Tensor:
         ((_, value),) = self._places.values([self._stored[name]])
@@ -168,6 +227,16 @@ class Streamed(Original):
         tensors = self.model.state_dict()
         self._places.fill(name for name in self._outside if tensors[self._places.of[name][0]].is_meta)
         check_filled(self.model)
+
+
+def _converted(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor [rows, ...] in a dtype; in its own memory if the dtypes are as large, as it may be most of a model."""
+    if tensor.element_size() != dtype.itemsize or tensor.dtype == dtype:
+        return tensor.to(dtype)
+    result = tensor.view(dtype)
+    for old, new in zip(tensor.split(1024), result.split(1024), strict=True):
+        new.copy_(old.to(dtype))
+    return result
 
 
 def open_original(path: Path, blocks: str | None) -> Original:

@@ -21,7 +21,7 @@ from awq_ext.calibrate import BlockInputs
 from awq_ext.checkpoint import check_replaceable, load_quantized, write_checkpoint
 from awq_ext.config import QuantConfig
 from awq_ext.errors import CalibrationError, CheckpointError, UnsupportedModelError
-from awq_ext.generated import Written, write_rows
+from awq_ext.generated import write_rows
 from awq_ext.hub import resolve
 from awq_ext.original import Original, open_original
 from awq_ext.pretrained import is_quantized_directory, load_float
@@ -301,8 +301,8 @@ class _Run:
     ) -> None:
         self.original, self.settings, self.progress = original, settings, progress
         self.generated, self.tune_steps = generated, tune_steps
-        self.to_tune_on = Written()
-        """With what is behind the original's last block."""
+        self.to_tune_on: list[Tensor] = []
+        """Rows that the model wrote."""
         self.model: Any = original.model
         self.config = getattr(self.model, "config", None)  # None: it is no transformers model
         self.ranks = Ranks()
@@ -393,8 +393,11 @@ class _Run:
                 self.report.block_seconds.append(part.seconds)
                 task.advance(1)
         if self.tune_steps:
+            assert calibration is not None and calibration.besides is not None
+            inputs = calibration.besides
             del calibration, quantizer
-            self._tune(names)
+            memory.give_back()
+            self._tune(names, inputs)
         self.report.linears += [
             LinearReport(d.name, d.in_features, d.out_features, kept=d.reason)
             for d in self.decisions.values()
@@ -420,19 +423,22 @@ class _Run:
         else:
             part = quantizer.quantize(index, block, self.original.prefix(index), names)
             self.ranks.first(lambda: files.write(index, block, part))
-        if not self.tune_steps:
-            self.original.drop(index)
+        self.original.drop(index)
         return part
 
-    def _tune(self, names: Collection[str]) -> None:
-        """Tune the quantized model, which is in memory, by rows that it has not seen. Every rank does all of it."""
+    def _tune(self, names: Collection[str], inputs: BlockInputs) -> None:
+        """Tune the quantized model, all of it in memory, by rows that it has not seen. Every rank does all of it.
+
+        ``inputs`` are theirs, moved on to behind the original's last block. None moved those of the quantized model.
+        """
+        if self.files is not None:
+            for index, block in enumerate(self.original.blocks):
+                self.files.install(index, block)
         self.original.complete()
-        inputs = BlockInputs(self.model, self.original.blocks, self.to_tune_on.ids, batch=ROWS)
-        targets = torch.stack(self.to_tune_on.states).to(inputs.hidden[0].device).split(ROWS)
-        batches = list(map(Batch, inputs.ids, inputs.hidden, targets))
+        batches = list(map(Batch, inputs.ids, inputs.quantized, inputs.hidden))
         quantized = map(self.model.get_submodule, sorted(names))
         linears = {linear: self.settings.group_of(linear.in_features) for linear in quantized}
-        with self.progress.task("tune scales", total=self.tune_steps) as task:
+        with self.progress.task("tune scales", total=self.tune_steps) as task, self.original.fast_outside():
             self.report.tuned = tune(
                 self.model,
                 self.original.blocks,
@@ -460,12 +466,11 @@ class _Run:
         tokens = self.generated * length + to_tune_on * short
         with self.progress.task("write rows", total=tokens) as task:
 
-            def write() -> tuple[list[Tensor], Written]:
-                model, seed, last, done = self.model, self.settings.seed, self.original.blocks[-1], task.advance
-                with self.original.whole():
+            def write() -> tuple[list[Tensor], list[Tensor]]:
+                model, seed, done = self.model, self.settings.seed, task.advance
+                with self.original.rounded():
                     more = write_rows(model, found.rows, self.generated, length, seed=(seed, 0), done=done)
-                    short_ones = write_rows(model, found.rows, to_tune_on, short, seed=(seed, 1), block=last, done=done)
-                    return more.ids, short_ones
+                    return more, write_rows(model, found.rows, to_tune_on, short, seed=(seed, 1), done=done)
 
             more, self.to_tune_on = self.ranks.first(write)
         memory.give_back()
@@ -487,6 +492,7 @@ class _Run:
                 BlockInputs(model, blocks, rows, ranks=self.ranks),
                 BlockInputs(model, blocks, few[:SINGLE_TOKENS, None], batch=SINGLE_TOKENS),
                 BlockInputs(model, blocks, few[: 2 * several].view(2, several)),
+                BlockInputs(model, blocks, self.to_tune_on, batch=ROWS) if self.to_tune_on else None,
             )
             self.original.unload(0)
         return calibration

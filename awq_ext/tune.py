@@ -48,7 +48,7 @@ than MARGIN times the standard error of that mean: on so few tokens less than th
 MARGIN = 2.0
 GIVE_BACK = 8  # steps between two times: it takes a fifth of a step, and saves a tenth of the memory
 
-CHUNK = 16  # positions whose logits are in memory at a time
+LOGITS = 2**21  # in memory at a time, several times over
 
 
 @dataclass
@@ -144,6 +144,7 @@ class _Student:
         self, model: nn.Module, blocks: Sequence[nn.Module], linears: Mapping[nn.Module, int], run: Run
     ) -> None:
         self.model, self.blocks, self.run = model, blocks, run
+        self.vocabulary: int = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
         self.returns_tuple = [False] * len(blocks)
         modules = dict.fromkeys(module for block in blocks for module in block.modules())
         self.linears = {m: _log_factors(float_weight(m)[:, ::size]) for m, size in linears.items()}
@@ -183,7 +184,7 @@ class _Student:
         means = []
         for batch in batches:
             means.append(self._divergence(batch, self._states(batch)[-1])[0] / batch.ids.numel())
-        give_back()
+            give_back()
         return means
 
     def backward(self, batch: Batch) -> None:
@@ -214,8 +215,8 @@ class _Student:
 
     def _divergence(self, batch: Batch, hidden: Tensor, differentiate: bool = False) -> tuple[float, Tensor]:
         """The sum over tokens; if asked for, the gradient of the mean by the hidden states behind the last block."""
-        total, gradients = 0.0, []
-        for ids, own, target in zip(*(x.split(CHUNK, 1) for x in (batch.ids, hidden, batch.target)), strict=True):
+        total, gradients, positions = 0.0, [], max(1, LOGITS // (len(batch.ids) * self.vocabulary))
+        for ids, own, target in zip(*(x.split(positions, 1) for x in (batch.ids, hidden, batch.target)), strict=True):
             wanted = self._original_logits(ids, target).log_softmax(-1)
             with torch.set_grad_enabled(differentiate):
                 own = own.detach().requires_grad_(differentiate)
