@@ -114,6 +114,7 @@ class BlockInputs:
         rows: Sequence[Tensor] | Tensor,
         batch: int = BATCH,
         ranks: Ranks | None = None,
+        sensitivity_tokens: int = SENSITIVITY_TOKENS,
     ) -> None:
         """``rows``: token ids, int64 [length] each. Parts of the model behind the blocks are not run.
 
@@ -125,7 +126,7 @@ class BlockInputs:
         self.places = self.ranks.batches(len(batches))
         """Number and slot of each batch here."""
         tokens_before = itertools.accumulate((ids.numel() for ids in batches), initial=0)
-        self._sensitive = {i for i, before in enumerate(tokens_before) if before < SENSITIVITY_TOKENS}
+        self._sensitive = {i for i, before in enumerate(tokens_before) if before < sensitivity_tokens}
         self._sensitive_tokens = sum(ids.numel() for i, ids in enumerate(batches) if i in self._sensitive)
         self.held_out = set(range(HELD_OUT - 1, len(batches), HELD_OUT))
         """The numbers of the batches held out."""

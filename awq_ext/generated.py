@@ -1,5 +1,8 @@
 """Rows that the model writes itself, for more tokens than there is text (as in LLM-QAT, arXiv 2305.17888).
 
+`quantize` has it rounded to nearest while it does (:meth:`awq_ext.original.Original.rounded`): the rows need not be the
+original's, only what the original makes of them.
+
 What a model writes is as good to calibrate on as a text, and to tune on it is better than one that the codes were
 chosen on. With 96 written rows of 512 tokens beside 32 of C4 the divergence of "awq+" from the original is 4 and 7 %
 lower than with those of C4 alone (on two texts, means of three sets of rows, SmolLM2-135M).

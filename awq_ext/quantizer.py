@@ -34,6 +34,7 @@ from awq_ext.trace import SEVERAL_TOKENS
 from awq_ext.tune import JUDGES, ROWS, TOKENS, Batch, tune
 from awq_ext.windows import BUILTIN_TEXT, Windows
 
+TOGETHER = 32  # rows to tune on that the original's blocks are run on together
 SINGLE_TOKENS = 64  # windows of one token that folds are looked for on: enough to reach most experts of a mixture
 
 
@@ -84,7 +85,7 @@ def quantize(
         pack: glue rows and cut them into full windows. None: texts are, token ids are not.
         generated: so many rows more, which the model writes itself, each from the beginning of one of the others
             (:mod:`awq_ext.generated`), as long as the longest: a better model from little text. It has to be a model
-            of transformers, and all of it is in memory while it writes.
+            of transformers. While it writes, all of it is in memory, its blocks in 4 bits.
         seed: of what ``shuffle`` draws, of what the model writes, and of the random signs in the estimate of how much
             each linear's rows matter.
         w_bit: 4, or 2..8 to see what other numbers of bits would do. Those are only simulated: linears stay nn.Linear,
@@ -105,7 +106,7 @@ def quantize(
         tune_steps: how many steps to tune the scales of all groups and the weights of all norms for, when all blocks
             are done, by the divergence of the model's predictions from the original's on other rows that it writes
             itself (:mod:`awq_ext.tune`): 20 take back a tenth of the perplexity that SmolLM2-135M loses. For who can
-            write, see ``generated``; all of the quantized model is in memory at the end.
+            write, see ``generated``. In the end all of the quantized model is in memory.
         quant_config: AutoAWQ's dictionary; its ``w_bit``, ``q_group_size``, ``zero_point``, ``version`` and
             ``modules_to_not_convert`` win over the arguments.
         search_results: llm-awq's file of scales and clips (``--dump_awq``), or the dictionary in it. They are applied
@@ -117,8 +118,8 @@ def quantize(
         blocks: the name of the list of decoder blocks. None: the ModuleList that holds the most weights.
         out: a directory to save the checkpoint to (see :func:`awq_ext.save_quantized`). A ``model`` that is a directory
             or hub name is read from its files one block at a time, and each block written as soon as it is quantized,
-            to ``.<name of out>.blocks`` beside ``out``, so no more than one block is in memory, but for ``generated``
-            and ``tune_steps``.
+            to ``.<name of out>.blocks`` beside ``out``, so no more than one block is in memory, but for those in 4
+            bits of ``generated`` and ``tune_steps``.
         resume: go on after the last block that an interrupted call with the same arguments has finished. The result
             has the same bytes as without the interruption.
         load: False: if the result has been written to ``out`` and is not in memory, leave it there; the model that is
@@ -394,10 +395,10 @@ class _Run:
                 task.advance(1)
         if self.tune_steps:
             assert calibration is not None and calibration.besides is not None
-            inputs = calibration.besides
+            targets = torch.cat(calibration.besides.hidden)
             del calibration, quantizer
             memory.give_back()
-            self._tune(names, inputs)
+            self._tune(names, targets)
         self.report.linears += [
             LinearReport(d.name, d.in_features, d.out_features, kept=d.reason)
             for d in self.decisions.values()
@@ -426,16 +427,17 @@ class _Run:
         self.original.drop(index)
         return part
 
-    def _tune(self, names: Collection[str], inputs: BlockInputs) -> None:
+    def _tune(self, names: Collection[str], targets: Tensor) -> None:
         """Tune the quantized model, all of it in memory, by rows that it has not seen. Every rank does all of it.
 
-        ``inputs`` are theirs, moved on to behind the original's last block. None moved those of the quantized model.
+        ``targets`` [rows, length, width] are the hidden states behind the original's last block.
         """
         if self.files is not None:
             for index, block in enumerate(self.original.blocks):
                 self.files.install(index, block)
         self.original.complete()
-        batches = list(map(Batch, inputs.ids, inputs.quantized, inputs.hidden))
+        inputs = BlockInputs(self.model, self.original.blocks, self.to_tune_on, batch=ROWS)
+        batches = list(map(Batch, inputs.ids, inputs.hidden, targets.split(ROWS)))
         quantized = map(self.model.get_submodule, sorted(names))
         linears = {linear: self.settings.group_of(linear.in_features) for linear in quantized}
         with self.progress.task("tune scales", total=self.tune_steps) as task, self.original.fast_outside():
@@ -492,7 +494,9 @@ class _Run:
                 BlockInputs(model, blocks, rows, ranks=self.ranks),
                 BlockInputs(model, blocks, few[:SINGLE_TOKENS, None], batch=SINGLE_TOKENS),
                 BlockInputs(model, blocks, few[: 2 * several].view(2, several)),
-                BlockInputs(model, blocks, self.to_tune_on, batch=ROWS) if self.to_tune_on else None,
+                BlockInputs(model, blocks, self.to_tune_on, batch=TOGETHER, sensitivity_tokens=0)
+                if self.to_tune_on
+                else None,
             )
             self.original.unload(0)
         return calibration

@@ -2,7 +2,7 @@
 
 Codes and zeros stay. What the file format leaves free besides them are one number for each group of each linear and the
 weights of the norms. Both are multiplied by factors that lower the Kullback-Leibler divergence of the quantized model's
-next-token distribution from the original's on rows that the original has written, by gradient descent (Adam). To train
+next-token distribution from the original's on rows that the model has written, by gradient descent (Adam). To train
 step sizes end to end with frozen codes is EfficientQAT's idea (arXiv 2407.11062, "E2E-QP"), there on the language-model
 loss of a text.
 
