@@ -412,8 +412,8 @@ class BlockInputs:
 
 
 def _give_back_after(batch: int) -> None:
-    """After every fourth, free memory: the C library finds little use for it between the states that stay."""
-    if batch % 4 == 3:
+    """After every second, free memory: the C library finds little use for it between the states that stay."""
+    if batch % 2 == 1:
         give_back()
 
 
