@@ -4,7 +4,7 @@
 original's, only what the original makes of them.
 
 What a model writes is as good to calibrate on as a text, and to tune on it is better than one that the codes were
-chosen on. With 96 written rows of 512 tokens beside 32 of C4 the divergence of "awq+" from the original is 4 and 7 %
+chosen on. With 96 rows of 512 tokens, written by the original, beside 32 of C4 the divergence of "awq+" is 4 and 7 %
 lower than with those of C4 alone (on two texts, means of three sets of rows, SmolLM2-135M).
 """
 
