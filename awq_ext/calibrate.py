@@ -16,7 +16,7 @@ from torch.utils._pytree import keystr, tree_flatten_with_path
 from awq_ext import ops
 from awq_ext.errors import CalibrationError, UnsupportedModelError
 from awq_ext.linear import AwqLinear
-from awq_ext.memory import give_back
+from awq_ext.memory import give_back_near_peak
 from awq_ext.precision import fast_dtype, fast_forward, fast_products, product
 from awq_ext.ranks import ALONE, Ranks, SlotSum, generator
 
@@ -294,7 +294,7 @@ class BlockInputs:
                     signs = torch.randint(0, 2, output.shape, generator=generator(seed, index, number))
                     output.backward(signs.to(output) * 2 - 1)
                 self.hidden[at] = output.detach()
-                _give_back_after(at)
+                give_back_near_peak()
         sensitivity = {}
         for name, linear in (linears or {}).items():
             total = squares[name].total
@@ -399,22 +399,16 @@ class BlockInputs:
                 kept, scale = original(order[first][0])
                 known = all(at in kept and self._is_whole(waiting[at][1], at) for at in ready)
                 known = self.ranks.least(int(known)) == 1
-                for i, at in enumerate(ready):
+                for at in ready:
                     other = kept[at].float() / scale.to(kept[at].device) if known else None
                     statistics.add(waiting[at][1], self.places[at][1], other)
-                    _give_back_after(i)
+                    give_back_near_peak()
                 done.update(quantize(order[first], statistics))
                 forwards.update({name: _fast_forward(done[name]) for name in order[first]})
-                for i, at in enumerate(ready):
+                for at in ready:
                     del waiting[at]
                     proceed(at, runs[at])
-                    _give_back_after(i)
-
-
-def _give_back_after(batch: int) -> None:
-    """After every second, free memory: the C library finds little use for it between the states that stay."""
-    if batch % 2 == 1:
-        give_back()
+                    give_back_near_peak()
 
 
 @contextmanager

@@ -28,6 +28,7 @@ from awq_ext.ranks import generator
 PROMPT = 8  # tokens of a given row that a written one begins with: it keeps to that one's subject or leaves it
 DRAWN = 4  # rows whose next token is drawn at a time, which is how many times the vocabulary is in memory as float32
 CACHED = 2**14  # tokens of the rows that are written together, which the model's cache has to hold
+LOGITS = 2**23  # predictions for the rows that are written together
 
 
 @torch.no_grad()
@@ -63,8 +64,9 @@ def write_rows(
     begin = min(PROMPT, length, *map(len, rows))
     prompts = torch.stack([rows[i % len(rows)][:begin] for i in range(count)])
     written: list[Tensor] = []
+    together = max(1, min(CACHED // length, LOGITS // model.get_input_embeddings().num_embeddings))
     with _computing_in_float32(model), fast_linears(model, nn.Linear), fast_forward():
-        for number, ids in enumerate(prompts.split(max(1, CACHED // length))):
+        for number, ids in enumerate(prompts.split(together)):
             written += _continue(model, ids, length, generator(*seed, number), done)
     return written
 

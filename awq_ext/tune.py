@@ -27,7 +27,7 @@ from awq_ext.calibrate import float_weight, forward_replaced
 from awq_ext.errors import CalibrationError
 from awq_ext.fold import divide_norm
 from awq_ext.linear import AwqLinear
-from awq_ext.memory import give_back
+from awq_ext.memory import give_back_near_peak
 from awq_ext.precision import embedding_weights, fast_dtype, fast_products, in_float32, product
 from awq_ext.report import Tuned
 from awq_ext.trace import is_norm
@@ -46,7 +46,6 @@ JUDGES = 4
 than MARGIN times the standard error of that mean: on so few tokens less than that may be chance."""
 
 MARGIN = 2.0
-GIVE_BACK = 8  # steps between two times: it takes a fifth of a step, and saves a tenth of the memory
 
 LOGITS = 2**21  # in memory at a time, several times over
 
@@ -104,8 +103,7 @@ def tune(
                 optimizer.zero_grad(set_to_none=False)  # memory that stays where it is, see _states
                 student.backward(batch)
                 optimizer.step()
-                if step % GIVE_BACK == GIVE_BACK - 1:
-                    give_back()
+                give_back_near_peak()
                 done()
             old = student.store(dtypes)
             after = student.divergences(held_out)
@@ -184,7 +182,7 @@ class _Student:
         means = []
         for batch in batches:
             means.append(self._divergence(batch, self._states(batch)[-1])[0] / batch.ids.numel())
-            give_back()
+            give_back_near_peak()
         return means
 
     def backward(self, batch: Batch) -> None:

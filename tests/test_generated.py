@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from architectures import ARCHITECTURES, OWN, small_model
+from architectures import ARCHITECTURES, COMMON, OWN, small_model
 from test_quantizer import ids
 from torch import Tensor
 from transformers.modeling_outputs import CausalLMOutput
@@ -64,10 +64,17 @@ def test_rows_depend_on_the_seed_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     first, again, other = (torch.stack(write_rows(model, rows, 6, 32, seed=(seed, 0))) for seed in (0, 0, 1))
     assert torch.equal(first, again) and not torch.equal(first, other)
     assert len(first.unique(dim=0)) == 6  # two rows begin like another
-    monkeypatch.setattr(generated, "CACHED", 4 * 32)
+
+
+@pytest.mark.parametrize(("limit", "each"), [("CACHED", 32), ("LOGITS", COMMON["vocab_size"])])
+def test_as_many_rows_are_written_together_as_memory_is_for(
+    monkeypatch: pytest.MonkeyPatch, limit: str, each: int
+) -> None:
+    model = small_model("llama")
+    monkeypatch.setattr(generated, limit, 4 * each + each - 1)
     told: list[int] = []
-    assert len(write_rows(model, rows, 6, 32, done=told.append)) == 6
-    assert sum(told) == 6 * (32 - PROMPT)
+    assert len(write_rows(model, list(ids()), 6, 32, done=told.append)) == 6
+    assert told == [4] * (32 - PROMPT) + [2] * (32 - PROMPT)
 
 
 def test_files_get_what_memory_gets(tmp_path: Path) -> None:
