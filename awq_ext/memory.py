@@ -7,8 +7,11 @@ import resource
 import sys
 from pathlib import Path
 
+SMALL = 0.9
+"""Less than this, in GB, `give_back_near_peak` leaves alone. A process that imported torch and transformers has 0.3."""
+
 NEAR = 64e-3
-"""How near to the most ever, in GB, `give_back_near_peak` finds worth the time."""
+"""And what is further than this from the most ever, in GB."""
 
 
 def peak() -> float:
@@ -35,10 +38,10 @@ def give_back() -> None:
 
 
 def give_back_near_peak() -> None:
-    """`give_back` if the process has about as much in memory as it ever had: so the peak hardly grows.
+    """`give_back` if the process has much in memory, and about as much as it ever had: the peak hardly grows.
 
     Not otherwise: memory got from the system again is a page fault and zeros for every 4 KiB, which are a tenth of the
-    time that SmolLM2-135M takes if all is given back after every second batch.
+    time that SmolLM2-135M takes if all is given back after every second batch. Batches of larger models take longer.
     """
-    if current() > peak() - NEAR:
+    if current() > max(SMALL, peak() - NEAR):
         give_back()

@@ -24,10 +24,15 @@ def test_memory_in_use_is_seen_and_the_peak_stays() -> None:
     assert memory.peak() > with_it - 0.001
 
 
-@pytest.mark.parametrize(("current", "times"), [(2.0, 1), (2.0 - 0.9 * memory.NEAR, 1), (2.0 - 1.1 * memory.NEAR, 0)])
-def test_memory_is_given_back_near_the_peak_only(monkeypatch: pytest.MonkeyPatch, current: float, times: int) -> None:
+@pytest.mark.parametrize(
+    ("peak", "below", "times"), [(2.0, 0.0, 1), (2.0, 0.9, 1), (2.0, 1.1, 0), (0.99 * memory.SMALL, 0.0, 0)]
+)
+def test_memory_is_given_back_near_the_peak_only(
+    monkeypatch: pytest.MonkeyPatch, peak: float, below: float, times: int
+) -> None:
     calls: list[None] = []
-    monkeypatch.setattr(memory, "peak", lambda: 2.0)
+    current = peak - below * memory.NEAR
+    monkeypatch.setattr(memory, "peak", lambda: peak)
     monkeypatch.setattr(memory, "current", lambda: current)
     monkeypatch.setattr(memory, "give_back", lambda: calls.append(None))
     memory.give_back_near_peak()
