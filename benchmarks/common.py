@@ -28,9 +28,11 @@ def cpu_name() -> str:
 
 
 def facts() -> dict[str, object]:
-    """Host, versions, date and commit."""
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+    """Host, versions, date and commit; that is "dirty" with changes in anything but results, which runs write."""
+    git = ["git", "-C", str(RESULTS.parent)]
+    commit = subprocess.run([*git, "describe", "--always"], capture_output=True, text=True, check=False).stdout.strip()
+    changes = [*git, "diff", "--quiet", "HEAD", "--", ":/", f":(exclude){RESULTS.name}"]
+    dirty = "-dirty" if commit and subprocess.run(changes, check=False).returncode else ""
     native = awq_ext._library.native()
     return {
         "cpu": cpu_name(),
@@ -40,7 +42,7 @@ def facts() -> dict[str, object]:
         "torch": torch.__version__,
         "python": platform.python_version(),
         "date": datetime.now(timezone.utc).date().isoformat(),
-        "commit": commit,
+        "commit": commit + dirty,
     }
 
 
