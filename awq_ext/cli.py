@@ -141,9 +141,9 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--method",
         choices=("awq", "awq+", "gptq", "rtn"),
-        default="awq",
-        help="awq (default): scales and clipped ranges are searched; awq+: also the codes of a weight are chosen "
-        "together; gptq: that without scales; rtn: round to nearest, no calibration",
+        help="awq+ (default): scales and clipped ranges are searched, and the codes of a weight chosen together; awq: "
+        "weights are rounded to nearest instead, in half the time; gptq: awq+ without scales; rtn: round to nearest, "
+        "no calibration",
     )
     sub.add_argument(
         "--group-size",

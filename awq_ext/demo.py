@@ -215,7 +215,7 @@ def compare(
         Variant("AWQ", str(work / "awq")),
     ]
     _, rtn, awq = report.variants
-    for variant, method in ((rtn, "rtn"), (awq, "awq")):
+    for variant, method in ((rtn, "rtn"), (awq, "awq+")):
         with _timed(variant, "quantize"):
             quantize(
                 str(original),

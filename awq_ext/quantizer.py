@@ -53,7 +53,7 @@ def quantize(
     q_group_size: int = 128,
     zero_point: bool = True,
     modules_to_not_convert: Sequence[str] | None = None,
-    method: str = "awq",
+    method: str | None = None,
     duo_scaling: bool = True,
     apply_clip: bool = True,
     scaled_activations: bool | None = None,
@@ -96,8 +96,9 @@ def quantize(
             their part of a scale that is moved out of what they read.
         method: ``"awq"``: scales and clipped ranges are searched, weights rounded to nearest. ``"awq+"``: the codes of
             a weight are chosen together, linear after linear, each for the inputs that the linears rounded before it
-            produce (see :func:`awq_ext.ops.quantize_compensated`), and scales for such codes. ``"gptq"``: that
-            without scales. ``"rtn"``: round-to-nearest, no calibration. All write the same format.
+            produce (see :func:`awq_ext.ops.quantize_compensated`), and scales for such codes: a better model in twice
+            the time. ``"gptq"``: that without scales. ``"rtn"``: round-to-nearest, no calibration. All write the same
+            format. None: ``"awq+"``, or with ``search_results``, which are of it, ``"awq"``.
         duo_scaling: also try scales that take the weights into account.
         apply_clip: also search for the range of each group.
         scaled_activations: whether a linear behind an activation, which nothing else can scale, gets its scale from a
@@ -153,6 +154,8 @@ def quantize(
         zero_point=zero_point,
         modules_to_not_convert=modules_to_not_convert,
     )
+    if method is None:
+        method = "awq+" if search_results is None else "awq"
     if method not in METHODS:
         raise ValueError(f"quantize: method must be one of {', '.join(METHODS)}, got {method!r}")
     if search_results is not None and method != "awq":

@@ -120,7 +120,7 @@ def test_quantize_reports_and_saves_what_the_function_makes(tiny_llama, text, tm
     out = tmp_path / "out"
     result = run("quantize", tiny_llama, out, *QUICK, "--calibration", text, "--seed", 3)
     assert result["out"] == str(out)
-    assert (result["method"], result["group_size"], result["calibration_tokens"]) == ("awq", 32, 128)
+    assert (result["method"], result["group_size"], result["calibration_tokens"]) == ("awq+", 32, 128)
     assert sum(linear["kept"] is None for linear in result["linears"]) == 14
 
     expected = awq_ext.quantize(
@@ -135,7 +135,7 @@ def test_quantize_reports_and_saves_what_the_function_makes(tiny_llama, text, tm
 def test_quantize_says_what_it_did(tiny_llama, text, tmp_path, capsys):
     assert cli.main(["quantize", str(tiny_llama), str(tmp_path / "out"), *QUICK, "--calibration", str(text)]) == 0
     out, err = capsys.readouterr()
-    assert "14 linears quantized to 4 bits in groups of 32 (awq)" in out
+    assert "14 linears quantized to 4 bits in groups of 32 (awq+)" in out
     assert "calibrated on 128 tokens in 2 windows of 64, the rest left out" in out.replace("; ", ", ")
     assert "lm_head" in out
     assert f"saved to {tmp_path / 'out'}" in out

@@ -76,7 +76,7 @@ def test_folding_alone_leaves_the_model_as_it_was(
     before = logits(copy.deepcopy(model).float(), ids())
     monkeypatch.setattr(block._Work, "_module", unrounded)
     monkeypatch.setattr(block, "_restore", restore_norms)
-    folded = run(model).float()
+    folded = run(model, method="awq").float()
     report = folded.awq_report
     moved = [fold for fold in report.folds if fold.candidate != "identity"]
     assert {fold.producer.rsplit(".", 1)[-1] for fold in moved} >= {"input_layernorm", "up_proj", "v_proj"}

@@ -121,7 +121,7 @@ IS_HELD_OUT = torch.arange(32) // BATCH % HELD_OUT == HELD_OUT - 1
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module, Path]:
     out = tmp_path_factory.mktemp("report") / "awq"
-    return quantize(small_model("llama"), out=out, **ROWS), out
+    return quantize(small_model("llama"), method="awq", out=out, **ROWS), out
 
 
 def test_a_run_measures_what_it_says_on_the_tokens_it_says(run: tuple[nn.Module, Path]) -> None:

@@ -545,7 +545,7 @@ def quantized(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Qua
     pytest.importorskip("transformers", reason="needs the extra 'hf'")
     home = tmp_path_factory.mktemp("quantized")
     arguments: dict[str, dict[str, Any]] = {
-        "awq": {"q_group_size": 32},
+        "awq": {"method": "awq", "q_group_size": 32},
         "rtn": {"q_group_size": 64, "method": "rtn"},
         "symmetric": {"q_group_size": 64, "method": "rtn", "zero_point": False},
         "one group": {"q_group_size": -1, "method": "rtn"},

@@ -167,7 +167,7 @@ def test_06_errors_of_earlier_blocks_are_seen_and_blocks_run_once(monkeypatch: p
         return forward(self, hidden, *args, **kwargs)
 
     monkeypatch.setattr(type(original.model.layers[0]), "forward", counted)
-    run(original)
+    run(original, method="awq")
     # Four batches through two blocks, and what shows how the model calls them; a search of 41 scales runs none.
     assert 8 <= calls <= 12
 
