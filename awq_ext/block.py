@@ -273,7 +273,7 @@ class _Work:
         row_weight = torch.cat([self.sensitivity[name] for name in names]).to(weight.device)
         gram = shared.gram
         if self.settings.method in COMPENSATING:
-            gram = unpredicted(gram, RIDGE * len(gram) / shared.tokens)
+            gram = unpredicted(gram.to(weight.device), RIDGE * len(gram) / shared.tokens)
         scale, best, rtn, loss = search_scale(
             weight,
             shared.x_mean.to(weight.device),
@@ -317,11 +317,15 @@ class _Work:
                 if read is not None and all(name in done for name, own in self.reads.items() if own is read):
                     read.inputs.clear()
             give_back()
-            gram = correction = None
+            gram: Tensor | None = None
+            correct: Callable[[Tensor], Tensor] = _unchanged
             if statistics.tokens:  # an expert may be called with none, or with such only that are held out
-                gram = _with_ridge(statistics.result(self.prefix + names[0])[1], statistics.tokens)
-                correction = None if statistics.drift is None else _correction(gram, statistics.drift)
-            quantized.update({name: self._quantized(name, gram, correction) for name in names})
+                gram = statistics.result(self.prefix + names[0])[1]
+                _add_ridge(gram, statistics.tokens)
+                if statistics.drift is not None:
+                    device = self.linears[names[0]].weight.device
+                    correct = _correction(gram.to(device), statistics.drift.to(device))
+            quantized.update({name: self._quantized(name, gram, correct) for name in names})
             return quantized
 
         def original(name: str) -> tuple[Mapping[int, Tensor], Tensor]:
@@ -338,22 +342,23 @@ class _Work:
         for name in self.linears:
             if name not in quantized:
                 self.say(f"codes of {name}")
-                quantized[name] = self._quantized(name, None)
+                quantized[name] = self._quantized(name, None, _unchanged)
         for name, module in quantized.items():
             self.block.set_submodule(name, module)
 
-    def _quantized(self, name: str, gram: Tensor | None, correction: Tensor | None = None) -> nn.Module:
+    def _quantized(self, name: str, gram: Tensor | None, correct: Callable[[Tensor], Tensor]) -> nn.Module:
         """What takes the place of a linear whose inputs in the quantized model have this Gram matrix.
 
         Those come through everything that is quantized before, in this block and in those in front of it, so codes that
-        are chosen for them, and for a weight with this `_correction`, make up for some of the errors made there. None:
-        the inputs are as in the original model.
+        are chosen for them, and for what `_correction` makes of the weight, make up for some of the errors made there.
+        None: the inputs are as in the original model.
         """
         if gram is None and name in self.reads:
-            gram = _with_ridge(self.reads[name].gram, self.reads[name].tokens)
+            gram = self.reads[name].gram.clone()
+            _add_ridge(gram, self.reads[name].tokens)
         device = self.linears[name].weight.device
         weight = self.linears[name].weight.detach().cpu()
-        wanted = weight if correction is None else torch.addmm(weight, weight, correction.T)
+        wanted = correct(self.linears[name].weight.detach()).cpu()
         together = self.settings.method in COMPENSATING
         range = None
         if gram is not None and self.settings.apply_clip:
@@ -403,17 +408,20 @@ class _Input:
     def divide(self, scale: Tensor) -> None:
         """The input becomes x / scale."""
         self.x_mean, self.scale = self.x_mean / scale, self.scale * scale
-        self.grams = [gram / scale / scale[:, None] for gram in self.grams]
+        for gram in self.grams:
+            gram.div_(scale).div_(scale[:, None])
 
 
-def _with_ridge(gram: Tensor, tokens: int) -> Tensor:
-    gram = gram.clone()
+def _add_ridge(gram: Tensor, tokens: int) -> None:
     gram.diagonal().add_(RIDGE * len(gram) / tokens * float(gram.diagonal().mean()))
-    return gram
 
 
-def _correction(gram: Tensor, drift: Tensor) -> Tensor:
-    """The matrix C [k, k] by which a weight w [n, k] is best for the inputs of the quantized model: w + w C^T.
+def _unchanged(weight: Tensor) -> Tensor:
+    return weight
+
+
+def _correction(gram: Tensor, drift: Tensor) -> Callable[[Tensor], Tensor]:
+    """What makes of a weight [n, k] the one that is best for the inputs of the quantized model.
 
     With the original's inputs x, those of the quantized model y, and a ridge r, |y v - x w|^2 + r |v - w|^2 is least
     for v = w + (y^T y + r)^-1 y^T (x - y) w (as in GPTAQ, arXiv 2504.02692, and Qronos, arXiv 2505.11695). ``gram`` is
@@ -421,7 +429,9 @@ def _correction(gram: Tensor, drift: Tensor) -> Tensor:
     closely (as in QEP, arXiv 2504.09629).
     """
     factor, failed = torch.linalg.cholesky_ex(gram)
-    return torch.zeros_like(gram) if failed else PROPAGATION * torch.cholesky_solve(drift, factor)
+    if failed:
+        return _unchanged
+    return lambda weight: weight + PROPAGATION * torch.cholesky_solve(drift @ weight.T, factor).T
 
 
 def _restore(block: nn.Module, dtypes: Mapping[str, torch.dtype]) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from functools import cached_property
 from typing import Any
 
 import greenlet
@@ -38,10 +39,9 @@ class Statistics:
         ``original`` [..., k]: what the linear reads in the original model for the same tokens, for `drift`; given for
         all batches or for none. Factors of the products are rounded to bfloat16 if that is faster (``precision.py``).
         """
-        given = x.detach().reshape(-1, x.shape[-1])
-        if not len(given):
+        rows = x.detach().reshape(-1, x.shape[-1]).float()
+        if not len(rows):
             return
-        rows = given.float()
         sums = self._sums.of_slot(slot)
         if sums is None:
             k = rows.shape[1]
@@ -53,21 +53,28 @@ class Statistics:
         sums[1] += rows.abs().sum(0)
         ops.add_gram(sums[2], rows, bfloat16=fast_dtype(rows) == torch.bfloat16)
         if original is not None:
-            fast = fast_dtype(rows)
-            sums[3] += given.to(fast).T @ (original.reshape(rows.shape) - rows).to(fast)
+            with fast_products():  # of bfloat16 factors as such the product would be rounded to bfloat16, too
+                sums[3].addmm_(rows.T, original.reshape(rows.shape) - rows)
 
     @property
     def tokens(self) -> int:
         """How many inputs there were. Asked for by all ranks together, after the last `add`, as is `result`."""
         return 0 if self._sums.total is None else int(self._sums.total[0])
 
+    @cached_property
+    def _means(self) -> list[Tensor]:
+        """Of all sums but the number of tokens, made in their place."""
+        assert self._sums.total is not None
+        tokens, *sums = self._sums.total
+        means = [sum.div_(int(tokens)) for sum in sums]
+        _mirror(means[1])
+        return means
+
     def result(self, name: str) -> tuple[Tensor, Tensor]:
         """(x_mean, gram) on the CPU. Raises CalibrationError naming the linear if they are missing or not finite."""
         if self._sums.total is None:
             raise CalibrationError(f"{name} got no calibration token")
-        tokens, total, products = self._sums.total[:3]
-        upper = products.triu() / int(tokens)
-        x_mean, gram = total / int(tokens), upper + upper.triu(1).T
+        x_mean, gram = self._means[:2]
         if not (torch.isfinite(x_mean).all() and torch.isfinite(gram).all()):
             raise CalibrationError(
                 f"the input of {name} is not finite on the calibration data: the model overflows there in "
@@ -78,8 +85,16 @@ class Statistics:
     @property
     def drift(self) -> Tensor | None:
         """The mean of x^T (original - x), float32 [k, k] on the CPU; None if the originals were not given."""
-        total = self._sums.total
-        return None if total is None or len(total) == 3 else total[3] / int(total[0])
+        return self._means[2] if self._sums.total is not None and len(self._means) > 2 else None
+
+
+def _mirror(matrix: Tensor, rows: int = 256) -> None:
+    """Make a square matrix symmetric in its place: its upper triangle counts."""
+    for start in range(0, len(matrix), rows):
+        own, behind = slice(start, start + rows), slice(start + rows, None)
+        upper = matrix[own, own].triu()
+        matrix[own, own] = upper + upper.triu(1).T
+        matrix[behind, own] = matrix[own, behind].T
 
 
 BATCH = 2
@@ -384,7 +399,7 @@ class BlockInputs:
                 name, read = reached
                 waiting[at] = turn[name], read
 
-        with fast_linears(block), ExitStack() as restored:
+        with fast_linears(block, but=linears.values()), ExitStack() as restored:
             for name, linear in linears.items():
                 restored.enter_context(forward_replaced(linear, stand_in(name)))
             runs = [greenlet.greenlet(self._call) for _ in self.quantized]
@@ -425,11 +440,15 @@ def forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator
 
 
 @contextmanager
-def fast_linears(block: nn.Module, *kinds: type[nn.Module]) -> Iterator[None]:
-    """The linears of a block, of ``kinds`` (none: quantized or not), compute as `_fast_forward` says."""
+def fast_linears(block: nn.Module, *kinds: type[nn.Module], but: Collection[nn.Module] = ()) -> Iterator[None]:
+    """The linears of a block, of ``kinds`` (none: quantized or not), compute as `_fast_forward` says.
+
+    Those in ``but`` stay as they are: each would have its weight in memory a second time.
+    """
+    left = set(but)
     with ExitStack() as restored:
         for module in block.modules():
-            if type(module) in (kinds or (nn.Linear, AwqLinear)):
+            if module not in left and type(module) in (kinds or (nn.Linear, AwqLinear)):
                 restored.enter_context(forward_replaced(module, _fast_forward(module)))
         yield
 

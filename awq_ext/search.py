@@ -60,9 +60,10 @@ def unpredicted(gram: Tensor, ridge: float) -> Tensor:
     """
     squares = gram.diagonal()
     size = torch.where(squares > 0, squares, 1.0).sqrt()
-    correlation = gram / size / size[:, None]
+    correlation = (gram / size).div_(size[:, None])
     correlation.diagonal().add_(ridge)
     factor, failed = torch.linalg.cholesky_ex(correlation)
+    del correlation
     return gram if failed else squares / torch.cholesky_inverse(factor).diagonal()
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from awq_ext.calibrate import Statistics
 from awq_ext.precision import bfloat16_is_faster, fast_products, product
 
 PRODUCTS: Any = torch.backends.mkldnn.matmul
@@ -42,6 +43,20 @@ def test_products_are_as_exact_as_bfloat16() -> None:
         assert 1e-6 < error < 2.0**-8  # two factors and the result, each rounded to 8 bits
         (gradient,) = torch.autograd.grad(y.sum(), x)
         torch.testing.assert_close(gradient, weight.sum(0).expand_as(x), rtol=0.02, atol=0.1)
+
+
+@pytest.mark.usefixtures("with_bfloat16")
+def test_sums_of_products_are_not_rounded() -> None:
+    """Small whole numbers are exact in bfloat16, and their sums in float32 only."""
+    generator = torch.Generator().manual_seed(0)
+    x, difference = torch.randint(-8, 9, (2, 1024, 300), generator=generator).float()
+    statistics = Statistics()
+    for slot, (one, other) in enumerate(zip(x.split(512), difference.split(512), strict=True)):
+        statistics.add(one, slot, one + other)
+    _, gram = statistics.result("name")
+    assert statistics.drift is not None
+    assert torch.equal(gram.double() * 1024, x.double().T @ x.double())
+    assert torch.equal(statistics.drift.double() * 1024, x.double().T @ difference.double())
 
 
 @pytest.mark.usefixtures("with_bfloat16")
