@@ -119,8 +119,9 @@ def quantize(
         blocks: the name of the list of decoder blocks. None: the ModuleList that holds the most weights.
         out: a directory to save the checkpoint to (see :func:`awq_ext.save_quantized`). A ``model`` that is a directory
             or hub name is read from its files one block at a time, and each block written as soon as it is quantized,
-            to ``.<name of out>.blocks`` beside ``out``, so no more than one block is in memory, but for those in 4
-            bits of ``generated`` and ``tune_steps``.
+            to ``.<name of out>.blocks`` beside ``out``, so the weights of no more than one block are in memory, but for
+            those in 4 bits of ``generated`` and ``tune_steps``. What the block makes of all calibration tokens is, and
+            sums [k, k] of what its linears read, which are more than the weights.
         resume: go on after the last block that an interrupted call with the same arguments has finished. The result
             has the same bytes as without the interruption.
         load: False: if the result has been written to ``out`` and is not in memory, leave it there; the model that is
