@@ -27,9 +27,11 @@ def bfloat16_is_faster() -> bool:
 
 @contextmanager
 def fast_products() -> Iterator[None]:
-    """While it is open, factors of float32 matrix products are rounded to bfloat16, if that is faster.
+    """While it is open, factors of float32 matrix products may be rounded to bfloat16, where that is faster.
 
-    Sums and results stay float32, which Gram matrices need: their small eigenvalues are differences.
+    Sums and results stay float32, which Gram matrices need: their small eigenvalues are differences. oneDNN, which
+    multiplies then, decides: on an AMD of family 26 it rounds nothing (relative error 4e-7) and takes half the time of
+    what torch calls otherwise.
     """
     global _chosen_here
     if _chosen_here or not bfloat16_is_faster():
