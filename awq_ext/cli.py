@@ -142,8 +142,8 @@ def _parser() -> argparse.ArgumentParser:
         "--method",
         choices=("awq", "awq+", "gptq", "rtn"),
         help="awq+ (default): scales and clipped ranges are searched, and the codes of a weight chosen together; awq: "
-        "weights are rounded to nearest instead, in half the time; gptq: awq+ without scales; rtn: round to nearest, "
-        "no calibration",
+        "weights are rounded to nearest instead, in half the time or less; gptq: awq+ without scales; rtn: round to "
+        "nearest, no calibration",
     )
     sub.add_argument(
         "--group-size",
@@ -158,9 +158,10 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--tune-steps",
         type=int,
-        default=0,
         metavar="N",
-        help="tune scales and norms in the end, so many steps, on rows that the model writes, such as 20 (default: 0)",
+        help="tune scales and norms in the end, so many steps, on rows that the model writes (default: 20 with awq+, 0 "
+        "with other methods, for a model that cannot write, or one with more weights in its output head than in its "
+        "blocks)",
     )
     sub.add_argument("--blocks", metavar="NAME", help="the list of decoder blocks (default: the one with most weights)")
     sub.add_argument(

@@ -31,6 +31,17 @@ CACHED = 2**14  # tokens of the rows that are written together, which the model'
 LOGITS = 2**23  # predictions for the rows that are written together
 
 
+class CannotWrite(CalibrationError):
+    """Of a model that cannot write rows; ``reason`` says why."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"{self.reason}; pass generated=0 and tune_steps=0"
+
+
 @torch.no_grad()
 @fast_products()
 def write_rows(
@@ -52,13 +63,10 @@ def write_rows(
     was. Its linears may be AwqLinears. Weights of those that are none, and of another dtype than their products, are in
     memory in both.
 
-    Raises CalibrationError if the model is not of transformers, keeps no cache, or predicts what is not finite.
+    Raises CannotWrite if the model is not of transformers, keeps no cache, or predicts what is not finite.
     """
     if not hasattr(model, "generation_config"):
-        raise CalibrationError(
-            f"only a causal language model of transformers can write rows, got a {type(model).__name__}; "
-            "pass generated=0 and tune_steps=0"
-        )
+        raise CannotWrite(f"only a causal language model of transformers can write rows, got a {type(model).__name__}")
     if not count:
         return []
     begin = min(PROMPT, length, *map(len, rows))
@@ -105,10 +113,7 @@ def _continue(
         output = model(input_ids=parts[-1].to(model.device), past_key_values=cache, use_cache=True, **options)
         cache = getattr(output, "past_key_values", None)
         if cache is None:  # the next call would not know of these tokens
-            raise CalibrationError(
-                f"{type(model).__name__} returns no past_key_values, which it needs to write rows; "
-                "pass generated=0 and tune_steps=0"
-            )
+            raise CannotWrite(f"{type(model).__name__} returns no past_key_values, which it needs to write rows")
         parts.append(_draw(output.logits[:, -1], random))
         del output
         give_back()  # the cache grows by copies of all of it, which leave holes
@@ -129,5 +134,5 @@ def _draw_at(logits: Tensor, drawn: Tensor) -> Tensor:
     torch.cumsum(shares, -1, out=shares)
     total = shares[:, -1:]
     if not torch.isfinite(total).all():
-        raise CalibrationError("the model's predictions are not finite: its weights are damaged, or overflow")
+        raise CannotWrite("the model's predictions are not finite: its weights are damaged, or overflow")
     return torch.searchsorted(shares, drawn * total).clamp_(max=shares.shape[1] - 1)

@@ -21,7 +21,7 @@ from awq_ext.calibrate import BlockInputs
 from awq_ext.checkpoint import check_replaceable, load_quantized, write_checkpoint
 from awq_ext.config import QuantConfig
 from awq_ext.errors import CalibrationError, CheckpointError, UnsupportedModelError
-from awq_ext.generated import write_rows
+from awq_ext.generated import CannotWrite, write_rows
 from awq_ext.hub import resolve
 from awq_ext.original import Original, open_original
 from awq_ext.pretrained import is_quantized_directory, load_float
@@ -31,7 +31,7 @@ from awq_ext.report import LinearReport, Report
 from awq_ext.storage import bytes_of
 from awq_ext.swap import NEVER_CONVERTED, Decision, as_linear, decide
 from awq_ext.trace import SEVERAL_TOKENS
-from awq_ext.tune import JUDGES, ROWS, TOKENS, Batch, tune
+from awq_ext.tune import JUDGES, ROWS, STEPS, TOKENS, Batch, tune
 from awq_ext.windows import BUILTIN_TEXT, Windows
 
 TOGETHER = 32  # rows to tune on that the original's blocks are run on together
@@ -57,7 +57,7 @@ def quantize(
     duo_scaling: bool = True,
     apply_clip: bool = True,
     scaled_activations: bool | None = None,
-    tune_steps: int = 0,
+    tune_steps: int | None = None,
     quant_config: Mapping[str, Any] | None = None,
     search_results: Any = None,
     allow_pickle: bool = False,
@@ -96,9 +96,10 @@ def quantize(
             their part of a scale that is moved out of what they read.
         method: ``"awq"``: scales and clipped ranges are searched, weights rounded to nearest. ``"awq+"``: the codes of
             a weight are chosen together, linear after linear, each for the inputs that the linears rounded before it
-            produce (see :func:`awq_ext.ops.quantize_compensated`), and scales for such codes: a better model in twice
-            the time. ``"gptq"``: that without scales. ``"rtn"``: round-to-nearest, no calibration. All write the same
-            format. None: ``"awq+"``, or with ``search_results``, which are of it, ``"awq"``.
+            produce (see :func:`awq_ext.ops.quantize_compensated`), scales are searched for such codes, and tuned in
+            the end (``tune_steps``): a better model in two to three times the time. ``"gptq"``: codes are chosen
+            together, nothing else. ``"rtn"``: round-to-nearest, no calibration. All write the same format. None:
+            ``"awq+"``, or with ``search_results``, which are of it, ``"awq"``.
         duo_scaling: also try scales that take the weights into account.
         apply_clip: also search for the range of each group.
         scaled_activations: whether a linear behind an activation, which nothing else can scale, gets its scale from a
@@ -106,8 +107,10 @@ def quantize(
             checkpoints know them.
         tune_steps: how many steps to tune the scales of all groups and the weights of all norms for, when all blocks
             are done, by the divergence of the model's predictions from the original's on other rows that it writes
-            itself (:mod:`awq_ext.tune`): 20 take back a tenth of the perplexity that SmolLM2-135M loses. For who can
-            write, see ``generated``. In the end all of the quantized model is in memory.
+            itself (:mod:`awq_ext.tune`). For who can write, see ``generated``. In the end all of the quantized model
+            is in memory. None: 20 with ``"awq+"``, 0 with other methods; 0 also, and the report says so, for a model
+            that cannot write, and for one whose output head has more weights than all that is quantized: running it
+            would take most of the time (Gemma-3-270M, which is made so, gains nothing).
         quant_config: AutoAWQ's dictionary; its ``w_bit``, ``q_group_size``, ``zero_point``, ``version`` and
             ``modules_to_not_convert`` win over the arguments.
         search_results: llm-awq's file of scales and clips (``--dump_awq``), or the dictionary in it. They are applied
@@ -161,7 +164,9 @@ def quantize(
         raise ValueError(f"quantize: method must be one of {', '.join(METHODS)}, got {method!r}")
     if search_results is not None and method != "awq":
         raise ValueError(f"quantize: search_results are of method 'awq', got method {method!r}")
-    if tune_steps < 0 or (tune_steps and (method == "rtn" or search_results is not None)):
+    if tune_steps is None and method != "awq+":
+        tune_steps = 0
+    if tune_steps and (tune_steps < 0 or method == "rtn" or search_results is not None):
         raise ValueError(f"quantize: tune_steps must be 0 or more, and 0 without calibration, got {tune_steps}")
     if generated < 0 or (generated and (method == "rtn" or search_results is not None)):
         raise ValueError(f"quantize: generated must be 0 or more, and 0 without calibration, got {generated}")
@@ -302,10 +307,13 @@ class _Run:
     """One run over one model."""
 
     def __init__(
-        self, original: Original, settings: Settings, generated: int, tune_steps: int, progress: Progress
+        self, original: Original, settings: Settings, generated: int, tune_steps: int | None, progress: Progress
     ) -> None:
+        """``tune_steps`` None: as many as suit the model."""
         self.original, self.settings, self.progress = original, settings, progress
-        self.generated, self.tune_steps = generated, tune_steps
+        self.generated = generated
+        self.tune_steps = STEPS if tune_steps is None else tune_steps
+        self.unasked = tune_steps is None  # nobody has said how many steps
         self.to_tune_on: list[Tensor] = []
         """Rows that the model wrote."""
         self.model: Any = original.model
@@ -466,6 +474,8 @@ class _Run:
     def _with_written(self, found: Windows) -> Windows:
         """What was found and more rows that the model writes, as it does those to tune on; rank 0 does it for all."""
         length, short = max(map(len, found.rows)), min(TOKENS, self._positions or TOKENS)
+        if self.unasked and (reason := self._why_not_tuned()) is not None:
+            self._leave_untuned(reason)
         to_tune_on = ROWS * (self.tune_steps + JUDGES) if self.tune_steps else 0
         if not self.generated and not to_tune_on:
             return found
@@ -478,12 +488,31 @@ class _Run:
                     more = write_rows(model, found.rows, self.generated, length, seed=(seed, 0), done=done)
                     return more, write_rows(model, found.rows, to_tune_on, short, seed=(seed, 1), done=done)
 
-            more, self.to_tune_on = self.ranks.first(write)
+            try:
+                more, self.to_tune_on = self.ranks.first(write)
+            except CannotWrite as error:
+                if self.generated or not self.unasked:
+                    raise
+                self._leave_untuned(error.reason)
+                return found
         memory.give_back()
         if more:
             note = f"{found.note}; {len(more)} rows of {length} tokens that the model wrote itself"
             found = Windows([*found.rows, *more], note)
         return found
+
+    def _why_not_tuned(self) -> str | None:
+        """Why steps that nobody asked for are not worth their time."""
+        head = getattr(self.model, "get_output_embeddings", lambda: None)()
+        weights = 0 if head is None else sum(parameter.numel() for parameter in head.parameters())
+        quantized = sum(d.in_features * d.out_features for d in self.decisions.values() if d.reason is None)
+        if weights <= quantized:
+            return None
+        return f"the output head has {weights:,} weights, more than the {quantized:,} that are quantized"
+
+    def _leave_untuned(self, reason: str) -> None:
+        self.tune_steps = 0
+        self.report.notes.append(f"scales and norms were not tuned: {reason}")
 
     def _calibration(self, rows: list[Tensor]) -> Calibration:
         ids = torch.cat(rows)

@@ -1,7 +1,7 @@
 """Seconds and peak memory of quantizing a model, by this project and by others (`peers/`), on the same windows.
 
     python benchmarks/quantize_speed.py MODEL --name NAME --calibration c4.txt --group-size 64 [--seeds 0 1 2]
-        [--methods awq awq+ awq+tuned] [--peer autoawq=VENV llmcompressor-gptq=VENV] [--keep DIR]
+        [--methods awq awq+ awq+untuned] [--peer autoawq=VENV llmcompressor-gptq=VENV] [--keep DIR]
 
 Every run is a process of its own with the same token ids, threads and group size. Ours is timed from the call of
 `quantize` on a directory, which begins with importing transformers, to the checkpoint on the disk. A peer has imported

@@ -20,7 +20,7 @@ from awq_ext.pretrained import load_float
 from awq_ext.ranks import generator
 
 OPTIONS: dict[str, Any] = {"calibration": ids(), "samples": 4, "seq_len": 32, "q_group_size": 16, "method": "awq+"}
-OPTIONS |= {"generated": 3}
+OPTIONS |= {"generated": 3, "tune_steps": 0}
 
 
 def test_tokens_are_drawn_by_their_probability() -> None:

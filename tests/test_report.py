@@ -184,7 +184,7 @@ def test_the_report_lies_beside_the_checkpoint(run: tuple[nn.Module, Path]) -> N
 
 
 def test_few_batches_leave_none_to_hold_out() -> None:
-    report = quantize(small_model("llama"), **{**ROWS, "samples": (HELD_OUT - 1) * BATCH}).awq_report
+    report = quantize(small_model("llama"), **{**ROWS, "samples": (HELD_OUT - 1) * BATCH}, tune_steps=0).awq_report
     assert report.held_out_tokens == 0
     assert all(fold.held_out is None and fold.refused is None for fold in report.folds)
     assert all(x.rtn.held_out is None and x.final.held_out is None for x in report.quantized)
@@ -223,7 +223,7 @@ def test_a_scale_that_held_out_tokens_do_not_confirm_is_not_used() -> None:
     norm = model.model.layers[0].input_layernorm.weight.clone()
     rows = ids(32, 24) % 48
     rows[IS_HELD_OUT] += 48
-    report = quantize(model, **{**ROWS, "calibration": rows}).awq_report
+    report = quantize(model, **{**ROWS, "calibration": rows}, tune_steps=0).awq_report
     fold = report.folds[0]
     assert fold.producer == "model.layers.0.input_layernorm"
     assert fold.candidate == "identity" and fold.refused is not None and fold.refused.startswith("x^")

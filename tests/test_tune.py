@@ -11,11 +11,13 @@ import pytest
 import torch
 from test_quantizer import SMALL, ids, small_model
 from torch import Tensor, nn
+from transformers.modeling_outputs import CausalLMOutput
 
 from awq_ext import AwqLinear, CalibrationError, load_quantized, quantize, tune
 from awq_ext.calibrate import BATCH, BlockInputs
 from awq_ext.generated import write_rows
 from awq_ext.pretrained import load_float
+from awq_ext.report import Report
 from awq_ext.tune import Batch
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -184,3 +186,38 @@ def test_other_models_write_nothing_to_tune_them_on() -> None:
     with pytest.raises(CalibrationError, match=r"of transformers can write rows, got a Plain; .*tune_steps=0"):
         quantized(Plain())
     assert quantized(Plain(), tune_steps=0).awq_report.tuned is None
+
+
+def unasked(model: nn.Module, **options: Any) -> Report:
+    report: Report = quantize(model, **{**OPTIONS, **options}).awq_report
+    return report
+
+
+def test_what_is_tuned_without_being_asked() -> None:
+    assert quantize.__kwdefaults__["tune_steps"] is None
+    tuned = unasked(small_model("llama")).tuned
+    assert tuned is not None and tuned.steps == tune.STEPS
+    for options in ({"method": "awq"}, {"method": "gptq"}, {"method": "rtn"}, {"tune_steps": 0}):
+        report = unasked(small_model("llama"), **options)
+        assert report.tuned is None and not report.notes
+
+
+def test_the_report_says_why_a_model_is_not_tuned() -> None:
+    without_cache = small_model("llama")
+    forward = without_cache.forward
+    without_cache.forward = lambda *args, **options: CausalLMOutput(logits=forward(*args, **options).logits)
+    large, asked = small_model("llama"), small_model("llama")
+    for model in (large, asked):
+        model.resize_token_embeddings(8192, mean_resizing=False)  # type: ignore[operator]
+    for model, reason in (
+        (Plain(), "only a causal language model of transformers can write rows, got a Plain"),
+        (without_cache, "LlamaForCausalLM returns no past_key_values, which it needs to write rows"),
+        (large, "the output head has 524,288 weights, more than the 73,728 that are quantized"),
+    ):
+        report = unasked(model)
+        assert report.tuned is None
+        assert f"scales and norms were not tuned: {reason}" in report.summary().splitlines()
+    tuned = unasked(asked, tune_steps=1).tuned
+    assert tuned is not None and tuned.steps == 1
+    with pytest.raises(CalibrationError, match=r"got a Plain; pass generated=0 and tune_steps=0"):
+        unasked(Plain(), generated=1)

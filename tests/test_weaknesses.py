@@ -54,7 +54,7 @@ def randn(*shape: int, seed: int = 0) -> Tensor:
 def folded(model: nn.Module, monkeypatch: pytest.MonkeyPatch, **options: Any) -> nn.Module:
     """The model with all scales folded in and nothing rounded."""
     monkeypatch.setattr(block._Work, "_module", lambda work, name, codes: copy.deepcopy(work.linears[name]))
-    return run(model, **options)
+    return run(model, tune_steps=0, **options)
 
 
 def assert_same_function(before: Tensor, after: Tensor) -> None:

@@ -42,6 +42,7 @@ OUR_METHODS = {
     "awq": {"method": "awq"},
     "awq+": {"method": "awq+"},
     "awq+tuned": {"method": "awq+", "tune_steps": 20},
+    "awq+untuned": {"method": "awq+", "tune_steps": 0},
 }
 
 
