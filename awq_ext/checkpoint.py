@@ -172,10 +172,12 @@ def skeleton(checkpoint: Stored, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def _swap_linears(checkpoint: Converted, model: nn.Module) -> None:
-    modules, names = dict(model.named_modules()), Names(model)
+    modules, names, ignored = dict(model.named_modules()), Names(model), _ignored(model)
     for stored, linear in checkpoint.linears.items():
         name = names.in_model(f"{stored}.weight").removesuffix(".weight")
         module = modules.get(name)
+        if module is None and ignored.search(f"{stored}.weight"):
+            continue
         where = f"{checkpoint.path}: {stored}"
         if not isinstance(module, nn.Linear):
             got = "no module" if module is None else type(module).__name__
@@ -282,12 +284,11 @@ def _match(checkpoint: Stored, model: PreTrainedModel, state: dict[str, Tensor],
     missing = [names[0] for names in tied if not any(name in checkpoint.info for name in names)]
     if missing:
         raise CheckpointError(f"{checkpoint.path} lacks tensors that the model needs: {_some(missing)}")
-    # Derived values that older versions of transformers stored.
-    ignored = [r"rotary_emb\.inv_freq$", *(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())]
+    ignored = _ignored(model)
     unexpected = [
         name
         for name in checkpoint.info
-        if name not in state and not any(re.search(pattern, name) for pattern in ignored)
+        if name not in state and not ignored.search(name) and not _is_idle_bias(checkpoint, name)
     ]
     if unexpected:
         raise CheckpointError(f"{checkpoint.path} has tensors that the model does not know: {_some(unexpected)}")
@@ -300,6 +301,22 @@ def _match(checkpoint: Stored, model: PreTrainedModel, state: dict[str, Tensor],
                 f"got {list(tensor.shape)} {tensor.dtype}"
             )
     return wanted
+
+
+def _ignored(model: nn.Module) -> re.Pattern[str]:
+    """Names of tensors in files that the model does without: what it says itself, such as layers that predict several
+    tokens ahead, and derived values that older versions of transformers stored."""
+    said = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+    return re.compile("|".join(f"(?:{pattern})" for pattern in (r"rotary_emb\.inv_freq$", *said)))
+
+
+def _is_idle_bias(checkpoint: Stored, name: str) -> bool:
+    """Whether this is a quantized linear's bias, and zero. Older versions of AutoGPTQ gave one to every linear, also
+    where the model has none; Qwen2's GPTQ files are such (QwenLM/Qwen3, issue 714)."""
+    owner = name.removesuffix(".bias")
+    if owner == name or owner not in checkpoint.linears:
+        return False
+    return not any(bool(bias.any()) for _, bias in checkpoint.tensors([name]))
 
 
 def _some(names: list[str], most: int = 8) -> str:

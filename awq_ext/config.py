@@ -1,7 +1,8 @@
 """The quantization config of a checkpoint, in every dialect that 4-bit files come with.
 
 Sources: AutoAWQ ``awq/models/_config.py``; GPTQModel ``gptqmodel/quantization/config.py``; compressed-tensors
-``src/compressed_tensors/quantization/quant_config.py`` and ``quant_args.py``; the configs that auto-round writes.
+``src/compressed_tensors/quantization/quant_config.py`` and ``quant_args.py``; auto-round
+``auto_round/export/export_to_autoround/export.py`` and ``auto_round/inference/backend.py``.
 """
 
 from __future__ import annotations
@@ -50,6 +51,8 @@ class QuantConfig:
             method = "gptq" if "desc_act" in d and "version" not in d and "format" not in d else "awq"
         if method == COMPRESSED:
             return cls._from_compressed(d, where)
+        if method == "intel/auto-round":  # until 2025
+            method = "auto-round"
         if method not in ("awq", "gptq", "auto-round"):
             raise _fail(where, key, f"'awq', 'gptq', 'auto-round' or '{COMPRESSED}'", method)
 
@@ -190,12 +193,24 @@ def _version(d: Mapping[str, Any], method: str, where: str) -> str | None:
     keys = ("checkpoint_format", "format") if method == "gptq" else ("version", "format", "checkpoint_format")
     key, version = _first(d, *keys)
     if version is None and method == "auto-round":
-        key, version = _first(d, "packing_format")  # such as "auto_round:auto_gptq"
-        if isinstance(version, str):
-            version = next((name for part, name in (("gptq", "gptq"), ("awq", "gemm")) if part in version), None)
+        return _auto_round_version(d, where)
     if version is None:
         return "gptq" if method == "gptq" else None
     if not isinstance(version, str) or len(version) > 100:
         raise _fail(where, key, "the name of a layout", version)
     version = version.lower()
     return SAME.get(version, version)
+
+
+def _auto_round_version(d: Mapping[str, Any], where: str) -> str:
+    """The layout of auto-round's packing, such as "auto_round:auto_gptq".
+
+    Its own, "auto_round" with or without a kernel's name, is that of GPTQ but for zero points, which are stored as they
+    are; GPTQModel's packing is the same. Nothing else tells them from those less one of AutoGPTQ's.
+    """
+    key, packing = _first(d, "packing_format", "backend")
+    if not isinstance(packing, str):
+        raise _fail(where, key, "the name of a packing, as 'auto_round:auto_gptq'", packing)
+    if "awq" in packing:
+        return "gemm"
+    return "gptq" if "gptq" in packing and "gptqmodel" not in packing else "gptq_v2"

@@ -691,6 +691,7 @@ SINGLE: dict[str, tuple[Callable[[Path], object], str]] = {
     "quantization config is a list": (config_edit(quantization_config=[]), "must be an object"),
     "bits": (quant_edit(bits=3), "'bits' must be 4"),
     "method": (quant_edit(quant_method="gptq"), "says 'gptq', but .* is in the layout gemm"),
+    "auto-round without its packing": (quant_edit(quant_method="auto-round", version=None), "'packing_format' must be"),
     "another method": (quant_edit(quant_method="bitsandbytes"), "'quant_method' must be .*, got 'bitsandbytes'"),
     "version": (quant_edit(version="gemv"), "says 'gemv', but .* is in the layout gemm"),
     "group size of other tensors": (quant_edit(group_size=32), r"scales must be .*, got \[\d+, \d+\] F16"),
@@ -728,6 +729,32 @@ SINGLE: dict[str, tuple[Callable[[Path], object], str]] = {
     "no model type": (config_edit(model_type=None), "must name a 'model_type'"),
     "generation config": (lambda path: (path / "generation_config.json").write_text("[1]"), "must hold a JSON object"),
 }  # fmt: skip
+
+
+def test_biases_of_zeros_that_the_model_has_not(model: Any, single: Path) -> None:
+    for layer in (LAYER, "model.layers.1.mlp.up_proj"):
+        put(f"{layer}.bias", torch.zeros(256, dtype=torch.float16))(single)
+    loaded = load_quantized(single)
+    assert loaded.get_submodule(LAYER).bias is None
+    assert logits(loaded).tobytes() == logits(model).tobytes()
+
+
+def test_quantized_layers_that_the_model_does_without(
+    model: Any, single: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As DeepSeek-V3's and GLM-4.5's, which predict several tokens ahead."""
+
+    def add_layer(tensors: dict[str, torch.Tensor]) -> None:
+        more = {
+            name.replace("layers.1.", "layers.2."): tensor for name, tensor in tensors.items() if "layers.1." in name
+        }
+        tensors |= {name: tensor.clone() for name, tensor in more.items()}
+
+    edit_tensors(single / "model.safetensors", add_layer)
+    with pytest.raises(CheckpointError, match="model has no module there"):
+        load_quantized(single)
+    monkeypatch.setattr(type(model), "_keys_to_ignore_on_load_unexpected", [r"model\.layers\.2.*"])
+    assert logits(load_quantized(single)).tobytes() == logits(model).tobytes()
 
 
 @pytest.mark.parametrize("case", SINGLE)

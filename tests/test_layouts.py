@@ -333,6 +333,22 @@ CONFIGS: dict[str, tuple[dict[str, Any], QuantConfig]] = {
         {"quant_method": "auto-round", "packing_format": "auto_round:auto_gptq", "sym": True},
         QuantConfig(zero_point=False, version="gptq"),
     ),
+    "auto-round, zero points as they are": (
+        {"quant_method": "auto-round", "packing_format": "auto_round:exllamav2", "sym": False},
+        QuantConfig(version="gptq_v2"),
+    ),
+    "auto-round, by GPTQModel": (
+        {"quant_method": "auto-round", "packing_format": "auto_round:gptqmodel", "sym": False},
+        QuantConfig(version="gptq_v2"),
+    ),
+    "early auto-round": (
+        {"quant_method": "intel/auto-round", "backend": "auto_round:gptq:exllamav2", "sym": True},
+        QuantConfig(zero_point=False, version="gptq"),
+    ),
+    "early auto-round, zero points as they are": (
+        {"quant_method": "intel/auto-round", "backend": "autoround:exllamav2", "sym": False},
+        QuantConfig(version="gptq_v2"),
+    ),
     "auto-round AWQ": (
         {"quant_method": "auto-round", "packing_format": "auto_round:auto_awq"},
         QuantConfig(version="gemm"),
