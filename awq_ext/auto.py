@@ -18,8 +18,9 @@ from torch import nn
 
 from awq_ext.checkpoint import load_quantized, save_quantized
 from awq_ext.errors import CheckpointError, UnsupportedModelError
-from awq_ext.format import Checkpoint, read_json
+from awq_ext.format import Checkpoint
 from awq_ext.hub import resolve
+from awq_ext.pretrained import check_complete, is_quantized_directory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -69,20 +70,24 @@ class AutoAWQForCausalLM(nn.Module):
         _only_safetensors(safetensors)
         device = _one_device(device_map, "cpu")
         path = resolve(model_path, **(download_kwargs or {}))
-        config = read_json(path, "config.json")
-        if config is None:
-            raise CheckpointError(f"{path} has no config.json, so it is not a model directory, or not a complete one")
-        if "quantization_config" in config:
+        if is_quantized_directory(path):
             raise CheckpointError(f"{path} is quantized already; use from_quantized, or give the original model")
         try:
-            model = AutoModelForCausalLM.from_pretrained(
-                path, torch_dtype=torch_dtype, use_safetensors=True, trust_remote_code=False, **model_init_kwargs
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                path,
+                torch_dtype=torch_dtype,
+                use_safetensors=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+                **model_init_kwargs,
             )
         except OSError as error:
             raise CheckpointError(f"{path} could not be loaded: {error}") from error
         except ValueError as error:
             raise UnsupportedModelError(f"{path}: {error}") from error
-        model.to(device)  # type: ignore[arg-type]
+        model, info = loaded
+        check_complete(path, info)
+        model.to(device)
         model.eval()
         return cls(model, path)
 

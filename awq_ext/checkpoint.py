@@ -23,7 +23,7 @@ from awq_ext.atomic import replace_directory
 from awq_ext.config import QuantConfig
 from awq_ext.errors import CheckpointError, UnsupportedModelError
 from awq_ext.experts import open_experts
-from awq_ext.format import INDEX, LEGACY_QUANT_FILES, SINGLE, Checkpoint, read_json
+from awq_ext.format import INDEX, LEGACY_QUANT_FILES, QUANT_KEYS, SINGLE, Checkpoint, read_json, stated_quantization
 from awq_ext.hub import resolve
 from awq_ext.layouts import FLOATS, check_scales, layouts
 from awq_ext.linear import AwqLinear
@@ -41,7 +41,7 @@ __all__ = ["Checkpoint", "QuantConfig", "is_quantized", "load_quantized", "resol
 SHARD_PATTERN = "model-?????-of-?????.safetensors"
 # Keys of config.json that would have transformers load or choose something else than a plain model of this type: its
 # own quantizers, code of the checkpoint, and (a remnant that transformers 4 writes) slow attention.
-NOT_FOR_BUILDING = ("quantization_config", "auto_map", "_attn_implementation_autoset")
+NOT_FOR_BUILDING = (*QUANT_KEYS, "auto_map", "_attn_implementation_autoset")
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 # What belongs to a tokenizer or processor, and is copied from the original model as it is.
@@ -155,6 +155,8 @@ def skeleton(checkpoint: Stored, dtype: torch.dtype) -> PreTrainedModel:
             if isinstance(layers, int) and layers > most:
                 raise CheckpointError(f"{file}: '{key}' is {layers}, but the files hold {most} tensors")
     fields = {key: value for key, value in checkpoint.config.items() if key not in NOT_FOR_BUILDING}
+    if isinstance(fields.get("text_config"), dict):
+        fields["text_config"] = {k: v for k, v in fields["text_config"].items() if k not in NOT_FOR_BUILDING}
     fields["dtype"] = fields["torch_dtype"] = str(dtype).removeprefix("torch.")
     try:
         config = CONFIG_MAPPING[kind].from_dict(fields)
@@ -249,11 +251,12 @@ class Places:
 
     def fill(self, stored: Iterable[str], device: torch.device | str = "cpu") -> None:
         """Give these tensors their places in the model. Raises CheckpointError if tied ones differ."""
-        filled: dict[tuple[str, ...], tuple[str, Tensor]] = {}
+        tied: dict[tuple[str, ...], tuple[str, Tensor]] = {}  # of the others none is kept here: there may be no room
         for name, value in self.values(stored):
-            first, held = filled.setdefault(self.of[name], (name, value))
+            places = self.of[name]
+            first, held = tied.setdefault(places, (name, value)) if len(places) > 1 else (name, value)
             if first == name:
-                _assign(self.model, self.of[name], value.to(device))
+                _assign(self.model, places, value.to(device))
             elif not torch.equal(held, value):
                 raise CheckpointError(
                     f"{self.checkpoint.path}: config.json ties {name} to {first}, but their values differ; "
@@ -423,7 +426,7 @@ def check_replaceable(out: Path) -> None:
     config = read_json(out, "config.json")
     if config is None:
         raise CheckpointError(f"{out} is not empty and holds no config.json; it is not a checkpoint to be replaced")
-    if "quantization_config" not in config and not any((out / name).is_file() for name in LEGACY_QUANT_FILES):
+    if stated_quantization(out, config)[0] is None:
         raise CheckpointError(f"{out} holds a model that is not quantized, and would be lost; give another directory")
 
 

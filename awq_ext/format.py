@@ -23,6 +23,7 @@ from awq_ext.storage import TensorInfo, read_file, read_header
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+QUANT_KEYS = ("quantization_config", "compression_config")  # the latter in early files of compressed-tensors
 LEGACY_QUANT_FILES = ("quant_config.json", "quantize_config.json")
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 MAX_JSON_BYTES = 4 * 2**20  # of a file that is decoded as a whole
@@ -297,12 +298,24 @@ def read_headers(path: Path, refuse: Refuse = stop) -> dict[str, TensorInfo]:
     return info
 
 
-def read_quant_config(path: Path, config: dict[str, Any], info: dict[str, TensorInfo]) -> QuantConfig:
-    """The quantization config, in config.json or in an older file beside it. Raises CheckpointError without one."""
-    fields, where = config.get("quantization_config"), f"{path / 'config.json'}: quantization_config"
+def stated_quantization(path: Path, config: Mapping[str, Any]) -> tuple[Any, str]:
+    """What a model directory says of its quantization, None if nothing; and where: in config.json, there perhaps in the
+    part on the language model of a multimodal one, or in an older file beside it."""
+    for within in (None, "text_config"):
+        fields = config if within is None else config.get(within)
+        for key in QUANT_KEYS:
+            if isinstance(fields, dict) and fields.get(key) is not None:
+                return fields[key], f"{path / 'config.json'}: {'' if within is None else within + ': '}{key}"
     for name in LEGACY_QUANT_FILES:
-        if fields is None:
-            fields, where = read_json(path, name), str(path / name)
+        found = read_json(path, name)
+        if found is not None:
+            return found, str(path / name)
+    return None, ""
+
+
+def read_quant_config(path: Path, config: dict[str, Any], info: dict[str, TensorInfo]) -> QuantConfig:
+    """The quantization config that `stated_quantization` finds. Raises CheckpointError without one."""
+    fields, where = stated_quantization(path, config)
     if fields is None:
         if any(name.endswith((".qweight", ".weight_packed")) for name in info):
             raise CheckpointError(

@@ -7,9 +7,10 @@ from pathlib import Path
 
 from awq_ext.errors import CheckpointError
 
-# What a checkpoint is made of. Nothing that can run code (pickles, Python files), nothing in subdirectories.
-WANTED = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja")
-UNWANTED = ("*/*",)
+# What a checkpoint is made of. Nothing that can run code (pickles, Python files), nothing in subdirectories, and not
+# the second copy of all weights that Mistral's repositories have.
+WANTED = ("*.safetensors", "*.json", "*.model", "*.tiktoken", "*.txt", "*.jinja")
+UNWANTED = ("*/*", "consolidated*.safetensors")
 
 
 def resolve(

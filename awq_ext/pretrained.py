@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,7 @@ import torch
 
 from awq_ext.checkpoint import load_quantized
 from awq_ext.errors import CheckpointError, UnsupportedModelError
-from awq_ext.format import LEGACY_QUANT_FILES, read_json
+from awq_ext.format import read_json, stated_quantization
 from awq_ext.hub import resolve
 
 if TYPE_CHECKING:
@@ -41,15 +42,15 @@ def is_quantized_directory(path: Path) -> bool:
     config = read_json(path, "config.json")
     if config is None:
         raise CheckpointError(f"{path} has no config.json, so it is not a model directory, or not a complete one")
-    return config.get("quantization_config") is not None or any((path / name).is_file() for name in LEGACY_QUANT_FILES)
+    return stated_quantization(path, config)[0] is not None
 
 
 def load_tokenizer(path: Path) -> Any:
-    """The tokenizer of a checkpoint directory. Raises CheckpointError."""
+    """The tokenizer of a checkpoint directory, without running code from it. Raises CheckpointError."""
     from transformers import AutoTokenizer
 
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(path)
+        tokenizer: Any = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # transformers raises OSError, ValueError, TypeError or KeyError, as it happens
         raise CheckpointError(
             f"no tokenizer can be loaded from {path}: {_first_line(error)}\n"
@@ -61,26 +62,41 @@ def load_tokenizer(path: Path) -> Any:
 def load_float(path: Path, dtype: torch.dtype | str) -> Any:
     """A model that is not quantized, in evaluation mode on the CPU; ``dtype`` "auto" keeps the stored one.
 
+    Code from the directory is not run.
+
     Raises CheckpointError if its weights are missing, damaged or pickled, UnsupportedModelError if transformers has
     no such causal language model.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
-        config = AutoConfig.from_pretrained(path)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # as above
         raise UnsupportedModelError(f"{path / 'config.json'}: {_first_line(error)}") from error
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            path, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True
+            path,
+            config=config,
+            dtype=dtype,
+            use_safetensors=True,
+            output_loading_info=True,
+            trust_remote_code=False,
         )
     except Exception as error:  # as above
         raise CheckpointError(f"{path} cannot be loaded: {_first_line(error)}") from error
     model, info = loaded
-    missing = sorted(info["missing_keys"])
-    if missing:  # transformers fills them with random numbers
-        raise CheckpointError(f"{path} lacks {len(missing)} tensors of the model, the first of them {missing[0]}")
+    check_complete(path, info)
     return model.eval()
+
+
+def check_complete(path: Path, info: Mapping[str, Any]) -> None:
+    """Raises CheckpointError if files lack a tensor of the model, which transformers fills with random numbers.
+
+    ``info`` is what it says of loading.
+    """
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise CheckpointError(f"{path} lacks {len(missing)} tensors of the model, the first of them {missing[0]}")
 
 
 def _first_line(error: Exception) -> str:

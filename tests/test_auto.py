@@ -34,6 +34,20 @@ def quantized(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> tup
     return model, path
 
 
+def test_what_is_no_model_to_quantize(quantized: tuple[Any, Path], tiny_llama: Path, tmp_path: Path) -> None:
+    path = Path(shutil.copytree(quantized[1], tmp_path / "quantized"))
+    config = json.loads((path / "config.json").read_text())
+    (path / "quant_config.json").write_text(json.dumps(config.pop("quantization_config")))
+    for older in (False, True):
+        if older:
+            (path / "config.json").write_text(json.dumps(config))
+        with pytest.raises(CheckpointError, match="is quantized already; use from_quantized"):
+            AutoAWQForCausalLM.from_pretrained(path)
+    (path / "quant_config.json").unlink()  # nothing says that it is, but it has other tensors than the model
+    with pytest.raises(CheckpointError, match=r"lacks 14 tensors of the model, the first of them model\.layers\.0\."):
+        AutoAWQForCausalLM.from_pretrained(path)
+
+
 @torch.no_grad()
 def logits(model: Any) -> torch.Tensor:
     return model(IDS).logits

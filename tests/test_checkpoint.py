@@ -13,7 +13,8 @@ import struct
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ import awq_ext
 from awq_ext import AwqLinear, CheckpointError, UnsupportedModelError, atomic, load_quantized, save_quantized, storage
 from awq_ext import checkpoint as checkpoint_module
 from awq_ext.checkpoint import Checkpoint, QuantConfig, is_quantized, resolve
+from awq_ext.pretrained import is_quantized_directory
 
 transformers = pytest.importorskip("transformers", reason="needs the extra 'hf'")
 
@@ -729,6 +731,36 @@ SINGLE: dict[str, tuple[Callable[[Path], object], str]] = {
     "no model type": (config_edit(model_type=None), "must name a 'model_type'"),
     "generation config": (lambda path: (path / "generation_config.json").write_text("[1]"), "must hold a JSON object"),
 }  # fmt: skip
+
+
+@pytest.mark.parametrize("key", ["compression_config", "text_config"])
+def test_where_else_a_quantization_config_may_stand(model: Any, single: Path, key: str) -> None:
+    def move(config: dict[str, Any]) -> None:
+        quant = config.pop("quantization_config")
+        config[key] = {"quantization_config": quant} if key == "text_config" else quant
+
+    edit_json(single / "config.json", move)
+    assert is_quantized_directory(single)
+    assert Checkpoint.open(single).quant == QuantConfig(group_size=64, version="gemm")
+    edit_json(single / "config.json", lambda config: config.update({key: None}))
+    assert not is_quantized_directory(single)
+    with pytest.raises(CheckpointError, match="holds a model that is not quantized"):
+        save_quantized(model, single)
+
+
+def test_weights_for_another_device_do_not_stay_here(single: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    values, refs = checkpoint_module.Places.values, list[Any]()
+
+    def watched(self: checkpoint_module.Places, stored: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, value in values(self, stored):
+            refs.append(weakref.ref(value))
+            yield name, value
+            assert sum(ref() is not None for ref in refs) <= 2  # this one, and perhaps one that is tied
+
+    monkeypatch.setattr(checkpoint_module.Places, "values", watched)
+    with pytest.raises(UnsupportedModelError, match="keeps weights outside"):  # it looks for those that are on "meta"
+        load_quantized(single, device="meta")
+    assert len(refs) > 20
 
 
 def test_biases_of_zeros_that_the_model_has_not(model: Any, single: Path) -> None:
