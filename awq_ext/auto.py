@@ -63,13 +63,13 @@ class AutoAWQForCausalLM(nn.Module):
         transformers' ``from_pretrained``; ``low_cpu_mem_usage`` and ``use_cache`` change nothing.
 
         Raises CheckpointError for a pickled, damaged or quantized model, UnsupportedModelError for an architecture
-        that transformers does not know, ValueError for several devices.
+        that transformers does not know, ValueError for several devices or another key in ``download_kwargs``.
         """
         from transformers import AutoModelForCausalLM
 
         _only_safetensors(safetensors)
         device = _one_device(device_map, "cpu")
-        path = resolve(model_path, **(download_kwargs or {}))
+        path = _fetched(model_path, download_kwargs)
         if is_quantized_directory(path):
             raise CheckpointError(f"{path} is quantized already; use from_quantized, or give the original model")
         try:
@@ -118,7 +118,7 @@ class AutoAWQForCausalLM(nn.Module):
         ``use_exllama``, ``use_exllama_v2``, ``use_ipex`` chose its kernels: they change nothing here.
 
         Raises CheckpointError, UnsupportedModelError as load_quantized does; ValueError for several devices, limits
-        of memory or offloading.
+        of memory, offloading or another key in ``download_kwargs``.
         """
         _only_safetensors(safetensors)
         if fuse_layers:
@@ -126,7 +126,7 @@ class AutoAWQForCausalLM(nn.Module):
         if max_memory is not None or offload_folder is not None:
             raise ValueError("max_memory and offload_folder are not supported: a model is on one device, as a whole")
         device = _one_device(device_map, "cuda" if torch.cuda.is_available() else "cpu")
-        path = resolve(quant_path, **(download_kwargs or {}))
+        path = _fetched(quant_path, download_kwargs)
         if quant_filename and quant_filename not in (shards := Checkpoint.open(path).shards):
             raise CheckpointError(f"{path}: {quant_filename!r} is not one of its weight files: {', '.join(shards)}")
         return cls(load_quantized(path, device=device, dtype=torch_dtype), path)
@@ -209,6 +209,14 @@ def _only_safetensors(safetensors: bool) -> None:
         raise CheckpointError(
             "pickles are neither read nor written, since one can run any code; leave safetensors=True"
         )
+
+
+def _fetched(path_or_repo: str | os.PathLike[str], download_kwargs: Mapping[str, Any] | None) -> Path:
+    known = ("revision", "cache_dir", "local_files_only")
+    unknown = [key for key in download_kwargs or () if key not in known]
+    if unknown:
+        raise ValueError(f"download_kwargs may hold {', '.join(known)}, got {', '.join(map(repr, unknown))}")
+    return resolve(path_or_repo, **(download_kwargs or {}))
 
 
 def _one_device(device_map: Any, default: str) -> torch.device:

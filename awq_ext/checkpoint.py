@@ -144,10 +144,14 @@ def skeleton(checkpoint: Stored, dtype: torch.dtype) -> PreTrainedModel:
     kind = checkpoint.config.get("model_type")
     if not isinstance(kind, str):
         raise CheckpointError(f"{file} must name a 'model_type', got {kind!r}")
-    if kind not in CONFIG_MAPPING or CONFIG_MAPPING[kind] not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    if kind not in CONFIG_MAPPING:
         raise UnsupportedModelError(
-            f"{file}: the installed transformers has no causal language model of type '{kind}'; try a newer one "
+            f"{file}: the installed transformers has no model of type '{kind}'; try a newer one "
             "(pip install -U transformers). Models that bring their own code are not loaded"
+        )
+    if CONFIG_MAPPING[kind] not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UnsupportedModelError(
+            f"{file}: transformers has no causal language model of type '{kind}', and only those are loaded"
         )
     for fields in _text_fields(checkpoint.config):
         for key in ("num_hidden_layers", "num_layers", "n_layers", "n_layer"):

@@ -78,6 +78,7 @@ class QuantConfig:
         key, form = _first(d, "format")
         if form not in (None, "pack-quantized"):
             raise _fail(where, key, "'pack-quantized' (4-bit weights)", form)
+        _check_transforms(where, d.get("transform_config"))
         groups = d.get("config_groups")
         schemes = list(groups.values()) if isinstance(groups, dict) else []
         if len(schemes) != 1 or not isinstance(schemes[0], dict) or not isinstance(schemes[0].get("weights"), dict):
@@ -156,6 +157,19 @@ class QuantConfig:
             # Its readers look at every Linear, the head included.
             "ignore": sorted({*skipped, "lm_head"}),
         }
+
+
+def _check_transforms(where: str, transforms: Any) -> None:
+    """Rotations of weights are done when a file is written, those of activations would have to be done at run time."""
+    try:
+        schemes = (transforms or {}).get("config_groups") or {}
+        places = {part.get("location") for scheme in schemes.values() for part in scheme.get("apply") or ()}
+    except (AttributeError, TypeError):
+        raise _fail(where, "transform_config", "an object with 'config_groups'", transforms) from None
+    online = places - {"weight_input", "weight_output"}
+    if online:
+        expected = "without transforms of activations, which awq_ext does not do"
+        raise _fail(where, "transform_config", expected, sorted(map(str, online)))
 
 
 def _first(d: Mapping[str, Any], *keys: str) -> tuple[str, Any]:

@@ -34,6 +34,12 @@ def quantized(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> tup
     return model, path
 
 
+def test_what_may_be_said_of_a_download(tiny_llama: Path) -> None:
+    for load in (AutoAWQForCausalLM.from_pretrained, AutoAWQForCausalLM.from_quantized):
+        with pytest.raises(ValueError, match=r"download_kwargs may hold revision, cache_dir, .* got 'token'"):
+            load(tiny_llama, download_kwargs={"token": "x", "revision": "main"})
+
+
 def test_what_is_no_model_to_quantize(quantized: tuple[Any, Path], tiny_llama: Path, tmp_path: Path) -> None:
     path = Path(shutil.copytree(quantized[1], tmp_path / "quantized"))
     config = json.loads((path / "config.json").read_text())

@@ -365,6 +365,25 @@ CONFIGS: dict[str, tuple[dict[str, Any], QuantConfig]] = {
 }
 
 
+def test_transforms_of_activations_are_refused() -> None:
+    fields, expected = CONFIGS["channel"]
+
+    def read(transforms: object) -> QuantConfig:
+        return QuantConfig.from_dict(fields | {"transform_config": transforms}, "here")
+
+    def at(*locations: str) -> dict[str, Any]:
+        apply = [{"targets": ["Linear"], "location": location} for location in locations]
+        return {"config_groups": {"R1": {"type": "hadamard", "apply": apply}}}
+
+    for harmless in (None, {}, {"config_groups": {}}, at("weight_input", "weight_output")):
+        assert read(harmless) == expected
+    with pytest.raises(CheckpointError, match=r"'transform_config' must be without transforms of activations.*'input'"):
+        read(at("weight_output", "input"))
+    for nonsense in ([1], {"config_groups": [1]}, {"config_groups": {"R1": 1}}):
+        with pytest.raises(CheckpointError, match="'transform_config' must be"):
+            read(nonsense)
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_dialects_of_the_config(name: str) -> None:
     fields, expected = CONFIGS[name]
