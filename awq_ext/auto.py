@@ -20,7 +20,7 @@ from awq_ext.checkpoint import load_quantized, save_quantized
 from awq_ext.errors import CheckpointError, UnsupportedModelError
 from awq_ext.format import Checkpoint
 from awq_ext.hub import resolve
-from awq_ext.pretrained import check_complete, is_quantized_directory
+from awq_ext.pretrained import check_complete, from_safetensors, is_quantized_directory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -65,27 +65,17 @@ class AutoAWQForCausalLM(nn.Module):
         Raises CheckpointError for a pickled, damaged or quantized model, UnsupportedModelError for an architecture
         that transformers does not know, ValueError for several devices or another key in ``download_kwargs``.
         """
-        from transformers import AutoModelForCausalLM
-
         _only_safetensors(safetensors)
         device = _one_device(device_map, "cpu")
         path = _fetched(model_path, download_kwargs)
         if is_quantized_directory(path):
             raise CheckpointError(f"{path} is quantized already; use from_quantized, or give the original model")
         try:
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                path,
-                torch_dtype=torch_dtype,
-                use_safetensors=True,
-                trust_remote_code=False,
-                output_loading_info=True,
-                **model_init_kwargs,
-            )
+            model, info = from_safetensors(path, torch_dtype=torch_dtype, **model_init_kwargs)
         except OSError as error:
             raise CheckpointError(f"{path} could not be loaded: {error}") from error
         except ValueError as error:
             raise UnsupportedModelError(f"{path}: {error}") from error
-        model, info = loaded
         check_complete(path, info)
         model.to(device)
         model.eval()

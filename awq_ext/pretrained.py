@@ -67,26 +67,32 @@ def load_float(path: Path, dtype: torch.dtype | str) -> Any:
     Raises CheckpointError if its weights are missing, damaged or pickled, UnsupportedModelError if transformers has
     no such causal language model.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # as above
         raise UnsupportedModelError(f"{path / 'config.json'}: {_first_line(error)}") from error
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            path,
-            config=config,
-            dtype=dtype,
-            use_safetensors=True,
-            output_loading_info=True,
-            trust_remote_code=False,
-        )
+        model, info = from_safetensors(path, config=config, dtype=dtype)
     except Exception as error:  # as above
         raise CheckpointError(f"{path} cannot be loaded: {_first_line(error)}") from error
-    model, info = loaded
     check_complete(path, info)
     return model.eval()
+
+
+def from_safetensors(path: Path, **options: Any) -> tuple[Any, Mapping[str, Any]]:
+    """transformers' causal language model, without running code from the directory, and what it says of loading.
+
+    ``options`` go to its ``from_pretrained``, and what that raises comes through. See `check_complete`.
+    """
+    from transformers import AutoModelForCausalLM
+
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        path, use_safetensors=True, trust_remote_code=False, output_loading_info=True, **options
+    )
+    model, info = loaded
+    return model, info
 
 
 def check_complete(path: Path, info: Mapping[str, Any]) -> None:

@@ -233,7 +233,8 @@ class _Student:
                 got, log_share = piece.float().log_softmax(-1), wanted_piece.float().log_softmax(-1)
                 share = log_share.exp()
                 total += float(log_share.sub_(got).mul_(share).sum())
-                slope.copy_(got.exp_().sub_(share).div_(batch.ids.numel()))  # softmax - softmax of the original
+                if differentiate:  # the derivative is softmax - softmax of the original
+                    slope.copy_(got.exp_().sub_(share).div_(batch.ids.numel()))
             if differentiate:
                 logits.backward(gradient)
                 assert own.grad is not None
