@@ -260,7 +260,7 @@ def explain(layer: AwqLinear, m: int, dtype: torch.dtype | None = None, gpu: str
     dtype = dtype or torch.float32
     activation = resolve_activation(layer.activation, dtype)
     plan = _library.native().plan_linear(
-        m, layer.out_features, layer.in_features, _name(dtype), layer.layout, activation
+        m, layer.out_features, layer.in_features, _name(dtype), layer.layout, activation, layer.group_size
     )
     pieces = f"{plan['tiles']} pieces of {plan['tile']} columns"
     return f"{plan['kernel']} at level {plan['level']}, {pieces} over {torch.get_num_threads()} threads: {plan['why']}"

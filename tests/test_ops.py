@@ -945,7 +945,8 @@ assert _library.native().build_info()["cpu_kernels"] == sys.argv[1]
 """
 
 
-LEVEL_NAMES = ["portable", "avx2", "avx_vnni", "avx512", "avx512_vnni", "avx512_bf16", "neon_dotprod", "neon_i8mm"]
+LEVEL_NAMES = ["portable", "avx2", "avx_vnni", "avx512", "avx512_vnni", "avx512_bf16", "amx_int8"]
+LEVEL_NAMES += ["neon_dotprod", "neon_i8mm"]
 
 
 @pytest.mark.parametrize("level", LEVEL_NAMES)

@@ -377,11 +377,14 @@ def test_plans() -> None:
         native.plan_linear(m, 4096, 4096, dtype, "strips", activation)
         for m, dtype, activation in ((1, "float16", "exact"), (512, "float32", "exact"), (16, "float32", "int8"))
     ]
-    assert [plan["kernel"] for plan in plans] == ["strips"] * 3
+    many = "strips_matrix" if plans[0]["level"] == "amx_int8" else "strips"
+    assert [plan["kernel"] for plan in plans] == ["strips", many, many]
     assert [plan["digits"] for plan in plans] == [2, 3, 1]
     assert all(plan["tiles"] == 128 and plan["why"] for plan in plans)
     assert native.plan_linear(1, 8, 8, "float64", "strips")["kernel"] == "reference"
     with pytest.raises(ValueError, match="got marlin"):
         native.plan_linear(1, 8, 8, "float32", "marlin")
+    with pytest.raises(ValueError, match="group_size must be positive"):
+        native.plan_linear(1, 8, 8, "float32", "strips", group_size=0)
     with pytest.raises(ValueError, match="got fp8"):
         native.plan_linear(1, 8, 8, "float32", "strips", "fp8")

@@ -5,6 +5,10 @@
 #include <cstring>
 #if defined(__x86_64__)
 #include <cpuid.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #elif defined(__aarch64__) && defined(__linux__)
 #include <asm/hwcap.h>
 #include <sys/auxv.h>
@@ -26,6 +30,14 @@ const CpuFeatures& cpu_features() {
                __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
     f.avx512_vnni = f.avx512 && __builtin_cpu_supports("avx512vnni");
     f.avx512_bf16 = f.avx512_vnni && __builtin_cpu_supports("avx512bf16");
+#if defined(__linux__)
+    // ARCH_REQ_XCOMP_PERM for XTILEDATA: without it the first use of a tile is fatal (Linux,
+    // Documentation/arch/x86/xstate).
+    constexpr unsigned kTile = 1u << 24, kInt8 = 1u << 25;
+    constexpr long kRequest = 0x1023, kTileData = 18;
+    f.amx_int8 = f.avx512_bf16 && __get_cpuid_count(7, 0, &a, &b, &c, &d) != 0 && (d & kTile) != 0 &&
+                 (d & kInt8) != 0 && syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+#endif
 #elif defined(__aarch64__) && defined(__linux__)
     f.neon_dotprod = (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0;
     constexpr unsigned long kI8mm = 1ul << 13;  // HWCAP2_I8MM, which headers before Linux 5.6 do not name
@@ -45,10 +57,11 @@ const CpuFeatures& cpu_features() {
 }
 
 const Kernels* const* all_kernels() {
-  static const std::array<const Kernels*, 7> levels = [] {
-    std::array<const Kernels*, 7> list{};
+  static const std::array<const Kernels*, 8> levels = [] {
+    std::array<const Kernels*, 8> list{};
     std::size_t count = 0;
 #if defined(__x86_64__)
+    if (cpu_features().amx_int8) list[count++] = &amx_int8_kernels();
     if (cpu_features().avx512_bf16) list[count++] = &avx512_bf16_kernels();
     if (cpu_features().avx512_vnni) list[count++] = &avx512_vnni_kernels();
     if (cpu_features().avx512) list[count++] = &avx512_kernels();

@@ -10,11 +10,12 @@ struct CpuFeatures {
   bool avx512 = false;    // F, BW, DQ, VL
   bool avx512_vnni = false;
   bool avx512_bf16 = false;   // with avx512_vnni
+  bool amx_int8 = false;      // with avx512_bf16: tiles and products of their bytes, and the kernel lets this process
   bool neon_dotprod = false;  // of Arm: SDOT, optional in ARMv8.2
   bool neon_i8mm = false;     // with neon_dotprod: SMMLA
 };
 
-/// Asked of the CPU once.
+/// Asked of the CPU once. With AMX, Linux is then asked to let all threads of the process have its registers.
 const CpuFeatures& cpu_features();
 
 /// The best level this CPU can run; the environment variable AWQ_EXT_ISA=<name of a level> lowers it (read

@@ -24,7 +24,7 @@ struct LinearWork {
 
 struct Kernels {
   const char*
-      name;  // "portable", "avx2", "avx_vnni", "avx512", "avx512_vnni", "avx512_bf16", "neon_dotprod", "neon_i8mm"
+      name;  // "portable", "avx2", "avx_vnni", "avx512", "avx512_vnni", "avx512_bf16", "amx_int8", "neon_dotprod", ...
   std::int64_t strip;  // output columns that a linear kernel handles together, a multiple of eight
   std::int64_t panel;  // columns of a packed triangle that gram_loss handles together
 
@@ -74,6 +74,7 @@ struct Kernels {
   /// Layout strips, see strips.h: prepare tiles [begin, end) of x, then, when all are prepared, multiply output strips
   /// [begin, end). A row of y is the same whatever rows are beside it.
   int strips_rows[kMostDigits];  // most rows of a tile, by digits - 1
+  int matrix_rows;               // most rows of a tile with StripsWork::matrix; 0 where the level has no matrix unit
   void (*strips_prepare)(const StripsWork& work, std::int64_t begin, std::int64_t end) noexcept;
   void (*strips_multiply)(const StripsWork& work, std::int64_t begin, std::int64_t end) noexcept;
 };
@@ -98,6 +99,7 @@ const Kernels& avx_vnni_kernels();
 const Kernels& avx512_kernels();
 const Kernels& avx512_vnni_kernels();
 const Kernels& avx512_bf16_kernels();
+const Kernels& amx_int8_kernels();
 #elif defined(__aarch64__)
 const Kernels& neon_dotprod_kernels();
 const Kernels& neon_i8mm_kernels();

@@ -508,6 +508,7 @@ constexpr Kernels make_kernels(const char* name) {
           dequantize_rows,
           dequantize_tiles,
           {kRowsOfDigits[0], kRowsOfDigits[1], kRowsOfDigits[2]},
+          kMatrixRows,
           strips_prepare,
           strips_multiply};
 }

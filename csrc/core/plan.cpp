@@ -51,8 +51,8 @@ LinearPlan plan_linear(std::int64_t m, std::int64_t n, std::int64_t k, DType x_t
   return plan;
 }
 
-LinearPlan plan_strips(std::int64_t m, std::int64_t n, std::int64_t k, DType x_type, Activation activation,
-                       const Kernels& kernels) {
+LinearPlan plan_strips(std::int64_t m, std::int64_t n, std::int64_t k, std::int64_t group, DType x_type,
+                       Activation activation, const Kernels& kernels) {
   LinearPlan plan = plan_reference(n);
   if (x_type != DType::f64) {
     plan.kernel = LinearKernel::strips, plan.name = "strips";
@@ -60,10 +60,13 @@ LinearPlan plan_strips(std::int64_t m, std::int64_t n, std::int64_t k, DType x_t
     plan.why = plan.digits == 1   ? "x as int8: the caller said that is enough"
                : plan.digits == 2 ? "x as int16, two products of eight bits: less is lost than by a 16-bit type"
                                   : "x as integers of 24 bits, three products of eight bits: as exact as float32";
-    const int most = kernels.strips_rows[plan.digits - 1];
-    plan.rows = std::clamp(kPreparedBytes / std::max<std::int64_t>(1, k * plan.digits) / most * most, std::int64_t{64},
-                           kStripsRows);
-    plan.tile_rows = even_rows(std::clamp(m, std::int64_t{1}, plan.rows), most);
+    plan.most_rows = kernels.strips_rows[plan.digits - 1];
+    // Its codes have to be unpacked to memory first, which few rows do not pay for.
+    plan.matrix = m > plan.most_rows && kernels.matrix_rows > 0 && matrix_can_have(group);
+    if (plan.matrix) plan.most_rows = kernels.matrix_rows, plan.name = "strips_matrix";
+    const std::int64_t fit = kPreparedBytes / std::max<std::int64_t>(1, k * plan.digits);
+    plan.rows = std::clamp(fit / plan.most_rows * plan.most_rows, std::int64_t{64}, kStripsRows);
+    plan.tile_rows = even_rows(std::clamp(m, std::int64_t{1}, plan.rows), plan.most_rows);
     plan.tile = kStripColumns;
     plan.tiles = ceil_div(n, plan.tile);
   }

@@ -13,12 +13,14 @@ enum class LinearKernel : std::uint8_t { reference, decode, gemm, strips };
 
 struct LinearPlan {
   LinearKernel kernel;
-  const char* name;  // "reference", "decode", "gemm", "strips"
+  const char* name;  // "reference", "decode", "gemm", "strips", "strips_matrix"
   const char* why;
   std::int64_t tiles;  // pieces of work; each is `tile` output columns, the last may be shorter
   std::int64_t tile;
   std::int64_t grain;      // fewest tiles worth a thread of their own
   int digits;              // strips: of x
+  bool matrix;             // strips: by the level's matrix unit
+  int most_rows;           // strips: of x in one tile, at most
   std::int64_t rows;       // strips: of x in one StripsWork, the last of a call may have fewer
   std::int64_t tile_rows;  // strips: of x in one tile
 };
@@ -30,8 +32,8 @@ std::optional<Activation> find_activation(std::string_view name);
 LinearPlan plan_linear(std::int64_t m, std::int64_t n, std::int64_t k, DType x_type, const Kernels& kernels);
 
 /// The same for layout strips.
-LinearPlan plan_strips(std::int64_t m, std::int64_t n, std::int64_t k, DType x_type, Activation activation,
-                       const Kernels& kernels);
+LinearPlan plan_strips(std::int64_t m, std::int64_t n, std::int64_t k, std::int64_t group, DType x_type,
+                       Activation activation, const Kernels& kernels);
 
 /// Rows of a tile, when `rows` are cut into equal tiles of at most `most`.
 constexpr std::int64_t even_rows(std::int64_t rows, std::int64_t most) {

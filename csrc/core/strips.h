@@ -22,8 +22,9 @@ enum class Activation : std::uint8_t {
 };
 
 inline constexpr int kMostDigits = 3;
-inline constexpr std::int64_t kSegment = 128;  // values, at most
-inline constexpr std::int64_t kOctet = 8;      // values that a word of the weight holds
+inline constexpr std::int64_t kSegment = 128;                   // values, at most
+inline constexpr std::int64_t kOctet = 8;                       // values that a word of the weight holds
+inline constexpr std::int64_t kOctetBytes = kStripColumns * 4;  // of a strip's words for an octet
 
 AWQ_HOST_DEVICE constexpr int digits_of(Activation activation, DType x_type) {
   if (activation == Activation::exact) return x_type == DType::f32 ? 3 : 2;
@@ -34,6 +35,10 @@ AWQ_HOST_DEVICE constexpr int digits_of(Activation activation, DType x_type) {
 AWQ_HOST_DEVICE constexpr bool strips_can_have(std::int64_t k, std::int64_t group) {
   return group == k || group % kOctet == 0;
 }
+
+/// Whether a matrix unit can have such groups: it is fed matrix_step values at a time, of one group each.
+AWQ_HOST_DEVICE constexpr bool matrix_can_have(std::int64_t group) { return group % 32 == 0; }
+AWQ_HOST_DEVICE constexpr std::int64_t matrix_step(std::int64_t group) { return group % 64 == 0 ? 64 : 32; }
 
 /// The segments of a row: kSegment values each, but the last of a group has what is left.
 struct Segments {
@@ -57,10 +62,11 @@ struct Segments {
 struct StripsWork {
   const LinearArgs* args;
   std::int64_t row, rows;  // of x
-  std::int64_t tile_rows;  // 1 .. Kernels::strips_rows[digits - 1]
+  std::int64_t tile_rows;  // 1 .. Kernels::strips_rows[digits - 1]; with matrix 1 .. Kernels::matrix_rows
   int digits;
+  bool matrix;        // by the level's matrix unit, where matrix_can_have the groups
   std::uint32_t* x;   // [tiles][segments][digit][size / 4][tile_rows] words of four neighbours' digits;
-                      // for Arm's dot products [size / 8][tile_rows][2] at the end
+                      // at the end [size / 8][tile_rows][2] for Arm's dot products, [tile_rows][size / 4] with matrix
   float* parameters;  // [tiles][segments][2][tile_rows]: step, and sum of v
 
   AWQ_HOST_DEVICE constexpr std::int64_t tiles() const { return ceil_div(rows, tile_rows); }

@@ -10,13 +10,13 @@
 #include "pack_impl.h"
 #include "simd.h"
 #include "strips.h"
+#include "strips_matrix.h"
 
 namespace awq::core {
 namespace {
 
-inline constexpr int kVectors = 2;                              // vectors of columns whose sums are kept at a time
-inline constexpr std::int64_t kPart = kVectors * kLanes;        // columns: a strip is 1, 2 or 4 parts
-inline constexpr std::int64_t kOctetBytes = kStripColumns * 4;  // of a strip
+inline constexpr int kVectors = 2;                        // vectors of columns whose sums are kept at a time
+inline constexpr std::int64_t kPart = kVectors * kLanes;  // columns: a strip is 1, 2 or 4 parts
 static_assert(kStripColumns % kPart == 0);
 
 // How many rows a tile has at most, by digits, and how many sums of a part fit into the registers beside codes.
@@ -143,9 +143,18 @@ inline void interleave_rows(const std::uint32_t* from, std::int64_t rows, std::i
       std::memcpy(out, from + r * kStride + word, kTogether * sizeof *out);
 }
 
+/// The same words as [rows][words].
+template <std::int64_t kStride>
+inline void join_rows(const std::uint32_t* from, std::int64_t rows, std::int64_t words, std::uint32_t* out) {
+  constexpr std::int64_t kWords = 8;  // 32 values, of which matrix_can_have wants whole ones
+  for (std::int64_t r = 0; r < rows; ++r, out += words)
+    for (std::int64_t word = 0; word < words; word += kWords)
+      std::memcpy(out + word, from + r * kStride + word, kWords * sizeof *out);
+}
+
 template <int kDigits>
 inline void prepare_tile(const StripsWork& work, std::int64_t tile) {
-  constexpr int kMostRows = kRowsOfDigits[kDigits - 1];
+  constexpr int kMostRows = kMatrixRows > 0 ? kMatrixRows : kRowsOfDigits[kDigits - 1];
   const LinearArgs& a = *work.args;
   const Segments segments(a.k, a.group);
   const std::int64_t rows = work.tile_rows, first = tile * rows;
@@ -170,8 +179,12 @@ inline void prepare_tile(const StripsWork& work, std::int64_t tile) {
       parameters[r] = rounded.step, parameters[rows + r] = rounded.sum;
     }
     const std::int64_t words = ceil_div(size, kOctet) * 2;
-    for (int d = 0; d < kDigits; ++d, out += words * rows)
-      interleave_rows<kDigits * kSegmentWords>(digits[0][d], rows, words, out);
+    for (int d = 0; d < kDigits; ++d, out += words * rows) {
+      if (work.matrix)
+        join_rows<kDigits * kSegmentWords>(digits[0][d], rows, words, out);
+      else
+        interleave_rows<kDigits * kSegmentWords>(digits[0][d], rows, words, out);
+    }
     parameters += 2 * rows;
     begin += size;
   }
@@ -307,6 +320,28 @@ inline __attribute__((always_inline)) void add_products(const std::uint8_t* w, s
   }
 }
 
+/// sum q v of its sums by digit.
+template <int kDigits>
+inline __attribute__((always_inline)) Floats join_digits(const Ints (&sums)[kDigits]) {
+  Ints upper = sums[0];
+  if constexpr (kDigits > 1) upper = (upper << 8) + sums[1];
+  const Floats value = __builtin_convertvector(upper, Floats);
+  if constexpr (kDigits < 3) return value;
+  return fma(value, broadcast(256.0f), __builtin_convertvector(sums[kDigits - 1], Floats));
+}
+
+/// acc[column] += s step (sum q v - z sum v) of one row, for the columns of a part.
+inline __attribute__((always_inline)) void add_values(const Floats (&values)[kVectors], float step, float sum,
+                                                      const float* scales, const float* zeros, float* acc) {
+  const Floats steps = broadcast(step), minus_sum = broadcast(-sum);
+#pragma GCC unroll 2
+  for (int v = 0; v < kVectors; ++v) {
+    float* const out = acc + v * kLanes;
+    const Floats centred = fma(load(zeros + v * kLanes), minus_sum, values[v]);
+    store(out, fma(load(scales + v * kLanes) * steps, centred, load(out)));
+  }
+}
+
 /// acc[r][column] += the segment's part of y, for the columns of a part.
 template <int kRows, int kDigits>
 inline __attribute__((always_inline)) void multiply_segment(const std::uint8_t* w, std::int64_t octets,
@@ -326,11 +361,10 @@ inline __attribute__((always_inline)) void multiply_segment(const std::uint8_t* 
         if constexpr (kSums == 2)
 #pragma GCC unroll 3
           for (int d = 0; d < kDigits; ++d) sums[d][r][v][0] += sums[d][r][v][1];
-        Ints upper = sums[0][r][v][0];
-        if constexpr (kDigits > 1) upper = (upper << 8) + sums[1][r][v][0];
-        values[r][v] = __builtin_convertvector(upper, Floats);
-        if constexpr (kDigits > 2)
-          values[r][v] = fma(values[r][v], broadcast(256.0f), __builtin_convertvector(sums[2][r][v][0], Floats));
+        Ints of[kDigits];
+#pragma GCC unroll 3
+        for (int d = 0; d < kDigits; ++d) of[d] = sums[d][r][v][0];
+        values[r][v] = join_digits(of);
       }
   } else {  // digit after digit: the codes are in the cache
     const std::int64_t digit = octets * 2 * kRows;
@@ -367,15 +401,8 @@ inline __attribute__((always_inline)) void multiply_segment(const std::uint8_t* 
         values[r][v] = reinterpret_cast<Floats>(first), values[r + 1][v] = reinterpret_cast<Floats>(second);
       }
 #pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r) {
-    const Floats step = broadcast(parameters[r]), minus_sum = broadcast(-parameters[kRows + r]);
-#pragma GCC unroll 2
-    for (int v = 0; v < kVectors; ++v) {
-      float* const out = acc + r * kStripColumns + v * kLanes;
-      const Floats centred = fma(load(zeros + v * kLanes), minus_sum, values[r][v]);
-      store(out, fma(load(scales + v * kLanes) * step, centred, load(out)));
-    }
-  }
+  for (int r = 0; r < kRows; ++r)
+    add_values(values[r], parameters[r], parameters[kRows + r], scales, zeros, acc + r * kStripColumns);
 }
 
 /// Segments [first, last) of one strip, with their scales and zeros as floats.
@@ -407,6 +434,38 @@ void multiply_tile(const StripsWork& work, const Segments& segments, const Strip
     parameters += 2 * kRows;
   }
 }
+
+#if defined(__AMX_INT8__)
+/// The same of tiles that a matrix unit multiplies, whose codes are unpacked.
+template <int kDigits>
+inline void multiply_matrix(const StripsWork& work, const Segments& segments, const StripBlock& block,
+                            const MatrixCodes& unpacked, float* acc) {
+  const std::int64_t rows = work.tile_rows, step = matrix_step(segments.group);
+  alignas(64) Ints sums[kDigits][kMatrixRows][kVectors];
+  for (std::int64_t tile = 0; tile < work.tiles(); ++tile, acc += rows * kStripColumns) {
+    const std::uint32_t* x = work.x + tile * work.words(work.args->k) + work.words(segments.begin(block.first));
+    const float* parameters = work.parameters + tile * work.floats(segments.count) + work.floats(block.first);
+    const std::uint8_t* codes = unpacked.bytes;
+    for (std::int64_t i = block.first; i < block.last; ++i) {
+      const std::int64_t size = segments.size(i);
+      multiply_tiles_of(reinterpret_cast<const std::uint8_t*>(x), rows, codes, size, step, sums);
+      for (std::int64_t r = 0; r < rows; ++r) {
+        Floats values[kVectors];
+        for (int v = 0; v < kVectors; ++v) {
+          Ints of[kDigits];
+          for (int d = 0; d < kDigits; ++d) of[d] = sums[d][r][v];
+          values[v] = join_digits(of);
+        }
+        add_values(values, parameters[r], parameters[rows + r], block.scales[i - block.first],
+                   block.zeros[i - block.first], acc + r * kStripColumns);
+      }
+      codes += size * kStripColumns;
+      x += size / 4 * kDigits * rows;
+      parameters += 2 * rows;
+    }
+  }
+}
+#endif
 
 template <int kDigits>
 inline void multiply_tiles(const StripsWork& work, const Segments& segments, const StripBlock& block, float* acc) {
@@ -489,6 +548,13 @@ void strips_multiply(const StripsWork& work, std::int64_t begin, std::int64_t en
   const std::int64_t strip_bytes = ceil_div(a.k, kOctet) * kOctetBytes;
   // One tile reads scales and zeros once, and best among its products; more tiles share them.
   std::int64_t most = work.tiles() == 1 ? 1 : StripBlock::kValues / segments.size(0);
+#if defined(__AMX_INT8__)
+  MatrixCodes unpacked;
+  if (work.matrix) {
+    most = MatrixCodes::kValues / segments.size(0);
+    shape_tiles(work.digits, work.tile_rows, matrix_step(a.group));
+  }
+#endif
   most = most < 1 ? 1 : most > StripBlock::kMost ? StripBlock::kMost : most;
   alignas(64) float acc[(kStripsRows + kOctet) * kStripColumns];
   StripBlock block;
@@ -502,6 +568,18 @@ void strips_multiply(const StripsWork& work, std::int64_t begin, std::int64_t en
                 segments.begin(block.first) / kOctet * kOctetBytes;
       for (std::int64_t i = block.first; i < block.last; ++i)
         groups.load(i / segments.in_group, block.scales[i - block.first], block.zeros[i - block.first]);
+#if defined(__AMX_INT8__)
+      if (work.matrix) {
+        const std::int64_t end = block.last < segments.count ? segments.begin(block.last) : a.k;
+        unpacked.unpack(block.w, (end - segments.begin(block.first)) / kOctet);
+        switch (work.digits) {
+          case 1: multiply_matrix<1>(work, segments, block, unpacked, acc); break;
+          case 2: multiply_matrix<2>(work, segments, block, unpacked, acc); break;
+          default: multiply_matrix<3>(work, segments, block, unpacked, acc); break;
+        }
+        continue;
+      }
+#endif
       switch (work.digits) {
         case 1: multiply_tiles<1>(work, segments, block, acc); break;
         case 2: multiply_tiles<2>(work, segments, block, acc); break;
@@ -510,6 +588,9 @@ void strips_multiply(const StripsWork& work, std::int64_t begin, std::int64_t en
     }
     store_strip(work, strip, acc);
   }
+#if defined(__AMX_INT8__)
+  if (work.matrix) release_tiles();
+#endif
 }
 
 }  // namespace

@@ -42,11 +42,11 @@ std::int64_t grain(std::int64_t bytes_per_item) {
 /// Layout strips: rows of x become digits, as many rows at a time as the plan says, and then strips are multiplied.
 void run_strips(const core::LinearArgs& args, const core::LinearPlan& plan, const core::Kernels& kernels) {
   core::StripsWork work{};
-  work.args = &args, work.digits = plan.digits;
+  work.args = &args, work.digits = plan.digits, work.matrix = plan.matrix;
   const core::Segments segments(args.k, args.group);
   const auto shape = [&](std::int64_t row) {
     work.row = row, work.rows = std::min(plan.rows, args.m - row);
-    work.tile_rows = core::even_rows(work.rows, kernels.strips_rows[plan.digits - 1]);
+    work.tile_rows = core::even_rows(work.rows, plan.most_rows);
   };
   shape(0);  // later turns have not more rows, filled up to whole tiles
   const std::int64_t words = work.tiles() * work.words(args.k);
@@ -94,8 +94,9 @@ Tensor linear(const Tensor& x, const Tensor& qweight, const Tensor& scales, Opti
   args.strips = layout == "strips";
 
   const core::Kernels& kernels = core::best_kernels();
-  const core::LinearPlan plan = args.strips ? core::plan_strips(args.m, n, k, args.x_type, shape.activation, kernels)
-                                            : core::plan_linear(args.m, n, k, args.x_type, kernels);
+  const core::LinearPlan plan = args.strips
+                                    ? core::plan_strips(args.m, n, k, group, args.x_type, shape.activation, kernels)
+                                    : core::plan_linear(args.m, n, k, args.x_type, kernels);
   if (plan.kernel == core::LinearKernel::reference) {
     parallel_for(0, plan.tiles, plan.grain, [&](std::int64_t begin, std::int64_t end) noexcept {
       core::linear_reference(args, begin * plan.tile, std::min(end * plan.tile, n));

@@ -26,6 +26,7 @@ py::dict cpu_features() {
   features["avx512"] = f.avx512;
   features["avx512_vnni"] = f.avx512_vnni;
   features["avx512_bf16"] = f.avx512_bf16;
+  features["amx_int8"] = f.amx_int8;
   features["neon_dotprod"] = f.neon_dotprod;
   features["neon_i8mm"] = f.neon_i8mm;
   return features;
@@ -154,15 +155,16 @@ awq::core::DType dtype_of(const std::string& name) {
 }
 
 py::dict plan_linear(std::int64_t m, std::int64_t n, std::int64_t k, const std::string& dtype,
-                     const std::string& layout, const std::string& activation) {
+                     const std::string& layout, const std::string& activation, std::int64_t group) {
   if (m < 0 || n < 0 || k < 0) throw py::value_error("m, n and k must not be negative");
+  if (group < 1) throw py::value_error("group_size must be positive");
   if (layout != "gemm" && layout != "strips") throw py::value_error("layout must be gemm or strips, got " + layout);
   const auto rounding = awq::core::find_activation(activation);
   if (!rounding) throw py::value_error("activation must be exact, int16 or int8, got " + activation);
   const awq::core::Kernels& kernels = awq::core::best_kernels();
   const awq::core::LinearPlan plan = layout == "gemm"
                                          ? awq::core::plan_linear(m, n, k, dtype_of(dtype), kernels)
-                                         : awq::core::plan_strips(m, n, k, dtype_of(dtype), *rounding, kernels);
+                                         : awq::core::plan_strips(m, n, k, group, dtype_of(dtype), *rounding, kernels);
   py::dict result;
   result["kernel"] = plan.name;
   result["level"] = awq::core::best_kernels().name;
@@ -226,7 +228,7 @@ PYBIND11_MODULE(_native, m) {
         "Raises ValueError for an unknown layout, codes that a layout cannot hold, and buffers of another size. Needs "
         "no torch, and lets other threads run.");
   m.def("plan_linear", &plan_linear, py::arg("m"), py::arg("n"), py::arg("k"), py::arg("dtype") = "float32",
-        py::arg("layout") = "gemm", py::arg("activation") = "exact",
+        py::arg("layout") = "gemm", py::arg("activation") = "exact", py::arg("group_size") = 128,
         "Which CPU kernel awq_ext::linear takes for m rows and an [n, k] weight, and why.");
   m.def("fragments_can_have", &awq::cuda::fragments_can_have, py::arg("k"), py::arg("group_size"),
         "Whether CUDA kernels exist for such groups; layout fragments can hold any.");

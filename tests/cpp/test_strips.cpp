@@ -7,7 +7,6 @@
 #include <string>
 #include <vector>
 
-#include "avx_vnni.h"
 #include "catch.hpp"
 #include "core/cpu.h"
 #include "core/kernels.h"
@@ -15,6 +14,7 @@
 #include "data.h"
 #include "levels.h"
 #include "linear_problem.h"
+#include "played.h"
 
 using namespace awq;
 using namespace awq::core;
@@ -85,17 +85,17 @@ struct Expected {
 };
 
 /// Runs the kernels on `rows` rows at a time, and on `piece` tiles and strips a call (0: all of them).
-Array run(const Problem& p, const Kernels& kernels, int digits, std::int64_t piece = 0,
-          std::int64_t rows = kStripsRows) {
+Array run(const Problem& p, const Kernels& kernels, int digits, std::int64_t piece = 0, std::int64_t rows = kStripsRows,
+          bool matrix = false) {
   const auto [m, n, k, group] = p.shape;
   Array y(p.types.x, m * n);
   const LinearArgs args = p.args(y);
   const Segments segments(k, group);
   StripsWork work{};
-  work.args = &args, work.digits = digits;
+  work.args = &args, work.digits = digits, work.matrix = matrix;
   for (work.row = 0; work.row < m; work.row += work.rows) {
     work.rows = std::min(rows, m - work.row);
-    work.tile_rows = even_rows(work.rows, kernels.strips_rows[digits - 1]);
+    work.tile_rows = even_rows(work.rows, matrix ? kernels.matrix_rows : kernels.strips_rows[digits - 1]);
     std::vector<std::uint32_t> x(static_cast<std::size_t>(work.tiles() * work.words(k)), 0xa5a5a5a5u);
     std::vector<float> parameters(static_cast<std::size_t>(work.tiles() * work.floats(segments.count)),
                                   std::numeric_limits<float>::quiet_NaN());  // scratch may hold anything
@@ -329,18 +329,20 @@ TEST_CASE("strips: the plan's tiles and turns are what kernels can have") {
         for (const std::int64_t m : {0, 1, 4, 5, 64, 65, 513, 1 << 20})
           for (const std::int64_t n : {0, 8, 40, 4096})
             for (const std::int64_t k : {0, 1, 4096, 1 << 17}) {
-              const LinearPlan plan = plan_strips(m, n, k, type, activation, kernels);
+              const LinearPlan plan = plan_strips(m, n, k, 128, type, activation, kernels);
               REQUIRE((plan.tiles * plan.tile >= n && (plan.tiles == 0 || (plan.tiles - 1) * plan.tile < n)));
               REQUIRE((plan.grain >= 1 && std::strlen(plan.why) > 0));
               if (type == DType::f64) {
                 REQUIRE(plan.kernel == LinearKernel::reference);
                 continue;
               }
-              REQUIRE((plan.kernel == LinearKernel::strips && std::string(plan.name) == "strips"));
+              REQUIRE(plan.kernel == LinearKernel::strips);
+              REQUIRE(std::string(plan.name) == (plan.matrix ? "strips_matrix" : "strips"));
               REQUIRE(plan.digits == (activation == Activation::int8                          ? 1
                                       : activation == Activation::exact && type == DType::f32 ? 3
                                                                                               : 2));
-              const int most = kernels.strips_rows[plan.digits - 1];
+              const int most = plan.matrix ? kernels.matrix_rows : kernels.strips_rows[plan.digits - 1];
+              REQUIRE((most > 0 && plan.most_rows == most));
               REQUIRE((plan.tile_rows >= 1 && plan.tile_rows <= most && plan.tile == kStripColumns));
               REQUIRE((plan.rows >= most && plan.rows <= kStripsRows && plan.rows % most == 0));
               REQUIRE((m == 0 ||
@@ -353,7 +355,7 @@ TEST_CASE("strips: the plan's tiles and turns are what kernels can have") {
 // for_levels has this level where the CPU has it. Elsewhere it is played, a few microseconds an instruction.
 TEST_CASE("avx_vnni: played where the CPU lacks it, the same bits as avx2") {
   if (!cpu_features().avx2) return;
-  const test::AvxVnni played;
+  const test::Played played;
   Random random(39);
   for (const Depth& depth : {Depth{256, 128}, Depth{96, 32}, Depth{37, 37}, Depth{24, 8}})
     for (const std::int64_t m : {1, 2, 3, 5, 9})
@@ -364,5 +366,58 @@ TEST_CASE("avx_vnni: played where the CPU lacks it, the same bits as avx2") {
         CHECK(y == run(p, avx2_kernels(), digits));
         CHECK(Expected(p, digits).worst(y) <= 1.0);
       }
+}
+
+// Likewise, of this level's matrix unit. The rest of it is avx512_bf16.
+TEST_CASE("amx_int8: played where the CPU lacks it, the same bits as avx512_vnni") {
+  if (!cpu_features().avx512_bf16) return;
+  const test::Played played;
+  Random random(40);
+  for (const Depth& depth : {Depth{256, 128}, Depth{96, 32}, Depth{64, 64}, Depth{640, 128}, Depth{160, 160},
+                             Depth{192, 96}, Depth{1088, 1088}, Depth{544, 32}})
+    for (const std::int64_t m : {1, 2, 9, 16, 17, 33, 40})
+      for (int digits = 1; digits <= kMostDigits; ++digits) {
+        REQUIRE(matrix_can_have(depth.group));
+        const Problem p({m, 72, depth.k, depth.group}, {DType::f32, DType::f16, DType::f16}, random, 5);
+        CAPTURE(depth.k, depth.group, m, digits);
+        const Array y = run(p, amx_int8_kernels(), digits, 0, kStripsRows, true);
+        CHECK(y == run(p, avx512_vnni_kernels(), digits));
+        CHECK(Expected(p, digits).worst(y) <= 1.0);
+      }
+}
+
+TEST_CASE("amx_int8: the same bits for any split of the work, and beside what is not finite") {
+  if (!cpu_features().avx512_bf16) return;
+  const test::Played played;
+  Random random(41);
+  for (int digits = 1; digits <= kMostDigits; ++digits) {
+    Problem p({67, 136, 256, 64}, {DType::bf16, DType::f16, DType::f16}, random, 3);
+    p.x.set(33 * p.stride + 70, std::numeric_limits<double>::infinity());
+    const Array whole = run(p, avx512_vnni_kernels(), digits);
+    const auto same = [&](const Array& y) {  // NaN is not NaN
+      bool same = true;
+      for (std::int64_t i = 0; i < y.size(); ++i)
+        same &= i / 136 == 33 ? std::isnan(y[i]) && std::isnan(whole[i]) : y[i] == whole[i];
+      return same;
+    };
+    for (const std::int64_t piece : {0, 1, 3}) CHECK(same(run(p, amx_int8_kernels(), digits, piece, 512, true)));
+    for (const std::int64_t rows : {16, 40, 64}) CHECK(same(run(p, amx_int8_kernels(), digits, 0, rows, true)));
+  }
+}
+
+TEST_CASE("amx_int8: many rows go to the matrix unit, where its steps fit the groups") {
+  const auto plan = [](std::int64_t m, std::int64_t k, std::int64_t group, const Kernels& kernels) {
+    return plan_strips(m, 4096, k, group, DType::bf16, Activation::exact, kernels);
+  };
+  for (const std::int64_t m : {9, 16, 512}) {
+    CHECK(plan(m, 4096, 128, amx_int8_kernels()).matrix);
+    CHECK(plan(m, 4096, 32, amx_int8_kernels()).matrix);
+    CHECK(plan(m, 4096, 4096, amx_int8_kernels()).matrix);
+    CHECK_FALSE(plan(m, 4080, 16, amx_int8_kernels()).matrix);
+    CHECK_FALSE(plan(m, 4080, 4080, amx_int8_kernels()).matrix);
+    CHECK_FALSE(plan(m, 4096, 128, avx512_bf16_kernels()).matrix);
+  }
+  CHECK_FALSE(plan(8, 4096, 128, amx_int8_kernels()).matrix);
+  CHECK(plan(512, 4096, 128, amx_int8_kernels()).tile_rows == 16);
 }
 #endif
