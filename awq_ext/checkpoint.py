@@ -23,7 +23,16 @@ from awq_ext.atomic import replace_directory
 from awq_ext.config import QuantConfig
 from awq_ext.errors import CheckpointError, UnsupportedModelError
 from awq_ext.experts import open_experts
-from awq_ext.format import INDEX, LEGACY_QUANT_FILES, QUANT_KEYS, SINGLE, Checkpoint, read_json, stated_quantization
+from awq_ext.format import (
+    INDEX,
+    LEGACY_QUANT_FILES,
+    QUANT_KEYS,
+    SINGLE,
+    Checkpoint,
+    read_json,
+    stated_quantization,
+    without,
+)
 from awq_ext.hub import resolve
 from awq_ext.layouts import FLOATS, check_scales, layouts
 from awq_ext.linear import AwqLinear
@@ -158,9 +167,7 @@ def skeleton(checkpoint: Stored, dtype: torch.dtype) -> PreTrainedModel:
             layers, most = fields.get(key), len(checkpoint.info)  # each layer has a tensor at least
             if isinstance(layers, int) and layers > most:
                 raise CheckpointError(f"{file}: '{key}' is {layers}, but the files hold {most} tensors")
-    fields = {key: value for key, value in checkpoint.config.items() if key not in NOT_FOR_BUILDING}
-    if isinstance(fields.get("text_config"), dict):
-        fields["text_config"] = {k: v for k, v in fields["text_config"].items() if k not in NOT_FOR_BUILDING}
+    fields = without(checkpoint.config, NOT_FOR_BUILDING)
     fields["dtype"] = fields["torch_dtype"] = str(dtype).removeprefix("torch.")
     try:
         config = CONFIG_MAPPING[kind].from_dict(fields)

@@ -16,7 +16,17 @@ from awq_ext.atomic import replace_directory, sync
 from awq_ext.checkpoint import check_replaceable, is_weight_file
 from awq_ext.config import GPTQ, QuantConfig
 from awq_ext.errors import CheckpointError
-from awq_ext.format import INDEX, LEGACY_QUANT_FILES, PICKLES, SINGLE, Checkpoint, inside, read_json
+from awq_ext.format import (
+    INDEX,
+    LEGACY_QUANT_FILES,
+    PICKLES,
+    QUANT_KEYS,
+    SINGLE,
+    Checkpoint,
+    inside,
+    read_json,
+    without,
+)
 from awq_ext.layouts import Layout, layouts
 from awq_ext.pickled import read_state_dict
 from awq_ext.progress import Progress, Task
@@ -100,7 +110,7 @@ def write_converted(checkpoint: Checkpoint, out: Path, layout: Layout, progress:
         with one_thread():
             converted = Converted(checkpoint, layout)
             converted.check(progress)
-            config = checkpoint.config | {"quantization_config": _quant_config(converted)}
+            config = without(checkpoint.config, QUANT_KEYS) | {"quantization_config": _quant_config(converted)}
             shards = _shards(converted)
             with replace_directory(out, is_stale=_stale(out)) as partial:
                 _check_space(out, converted)

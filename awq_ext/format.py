@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -296,6 +296,14 @@ def read_headers(path: Path, refuse: Refuse = stop) -> dict[str, TensorInfo]:
         if shard in read and name not in info:
             refuse(CheckpointError(f"{path / shard}: has no {name}, which {INDEX} has there"), shard, name)
     return info
+
+
+def without(config: Mapping[str, Any], keys: Collection[str]) -> dict[str, Any]:
+    """The config less these keys, and its part on the language model less them."""
+    fields = {key: value for key, value in config.items() if key not in keys}
+    if isinstance(fields.get("text_config"), dict):
+        fields["text_config"] = {key: value for key, value in fields["text_config"].items() if key not in keys}
+    return fields
 
 
 def stated_quantization(path: Path, config: Mapping[str, Any]) -> tuple[Any, str]:

@@ -116,6 +116,17 @@ def assert_same(got: Tensors, expected: Tensors) -> None:
 # --- what is written ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("key", ["compression_config", "text_config"])
+def test_nothing_in_the_config_speaks_of_the_source(key: str, source: Path, tmp_path: Path) -> None:
+    config = config_of(source)
+    quant = config.pop("quantization_config")
+    config[key] = {"quantization_config": quant, "vocab_size": 40} if key == "text_config" else quant
+    (source / "config.json").write_text(json.dumps(config))
+    found = config_of(convert(source, tmp_path / "there", "gptq_v2"))
+    assert found["quantization_config"]["quant_method"] == "gptq" and found["hidden_size"] == K
+    assert "compression_config" not in found and found.get("text_config", {}) in ({}, {"vocab_size": 40})
+
+
 @pytest.mark.parametrize("shards", [1, 5])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("to", ["gemv", "llm-awq", "gptq_v2", "compressed-tensors"])
