@@ -15,6 +15,12 @@ constexpr std::int64_t kDecodeRows = 4;
 // Digits of x that are prepared at a time: they are read again for every strip, and should stay in the second cache.
 constexpr std::int64_t kPreparedBytes = std::int64_t{1} << 20;
 
+// Up to so many bytes of digits, and from so many columns a thread on, each thread had better prepare them for itself:
+// it takes about 5 % less for 1 to 32 rows of a [1024, 1024] weight with two threads. To prepare a value takes as long as multiplying
+// it with some 25 columns (benchmarks/linear_cpu.py on Zen 4).
+constexpr std::int64_t kApartBytes = std::int64_t{1} << 17;
+constexpr std::int64_t kApartColumns = 256;
+
 LinearPlan plan_reference(std::int64_t n) {
   LinearPlan plan{};
   plan.kernel = LinearKernel::reference, plan.name = "reference";
@@ -72,6 +78,10 @@ LinearPlan plan_strips(std::int64_t m, std::int64_t n, std::int64_t k, std::int6
   }
   plan.grain = grain(m, k, plan.tile);
   return plan;
+}
+
+bool prepare_apart(const LinearPlan& plan, std::int64_t m, std::int64_t n, std::int64_t k, std::int64_t threads) {
+  return m <= plan.rows && m * k * plan.digits <= kApartBytes && n >= threads * kApartColumns;
 }
 
 }  // namespace awq::core

@@ -35,6 +35,10 @@ LinearPlan plan_linear(std::int64_t m, std::int64_t n, std::int64_t k, DType x_t
 LinearPlan plan_strips(std::int64_t m, std::int64_t n, std::int64_t k, std::int64_t group, DType x_type,
                        Activation activation, const Kernels& kernels);
 
+/// Whether each of `threads` threads prepares all of x for itself, rather than its part for all of them. What another
+/// core has written comes from its cache, line by line, and two loops in parallel are started instead of one.
+bool prepare_apart(const LinearPlan& plan, std::int64_t m, std::int64_t n, std::int64_t k, std::int64_t threads);
+
 /// Rows of a tile, when `rows` are cut into equal tiles of at most `most`.
 constexpr std::int64_t even_rows(std::int64_t rows, std::int64_t most) {
   return ceil_div(rows, rows <= most ? 1 : ceil_div(rows, most));

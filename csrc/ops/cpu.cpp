@@ -40,6 +40,7 @@ std::int64_t grain(std::int64_t bytes_per_item) {
 }
 
 /// Layout strips: rows of x become digits, as many rows at a time as the plan says, and then strips are multiplied.
+/// Each thread prepares its part for all of them, or all for itself.
 void run_strips(const core::LinearArgs& args, const core::LinearPlan& plan, const core::Kernels& kernels) {
   core::StripsWork work{};
   work.args = &args, work.digits = plan.digits, work.matrix = plan.matrix;
@@ -50,13 +51,30 @@ void run_strips(const core::LinearArgs& args, const core::LinearPlan& plan, cons
   };
   shape(0);  // later turns have not more rows, filled up to whole tiles
   const std::int64_t words = work.tiles() * work.words(args.k);
-  const std::int64_t size = words + work.tiles() * work.floats(segments.count);
+  const std::int64_t size = core::ceil_div(words + work.tiles() * work.floats(segments.count), 32) * 32;
+  const std::int64_t threads =
+      std::clamp<std::int64_t>(torch::stable::get_num_threads(), 1, core::ceil_div(plan.tiles, plan.grain));
+  const bool apart = core::prepare_apart(plan, args.m, args.n, args.k, threads);
   // A row or two stay on the stack, for which nobody has to be asked.
-  alignas(64) std::uint32_t near[8192];
+  constexpr std::int64_t kNear = 8192;
   OptionalTensor scratch;
-  if (size > std::ssize(near)) scratch = new_tensor({size}, ScalarType::Float);
-  work.x = size > std::ssize(near) ? static_cast<std::uint32_t*>(scratch->mutable_data_ptr()) : near;
-  work.parameters = reinterpret_cast<float*>(work.x + words);
+  if (size > kNear) scratch = new_tensor({apart ? threads * size : size}, ScalarType::Float);
+  auto* const far = scratch ? static_cast<std::uint32_t*>(scratch->mutable_data_ptr()) : nullptr;
+  const auto place = [&](core::StripsWork& in, std::uint32_t* memory) {
+    in.x = memory, in.parameters = reinterpret_cast<float*>(memory + words);
+  };
+  if (apart) {
+    parallel_for(0, threads, 1, [&](std::int64_t begin, std::int64_t end) noexcept {
+      alignas(64) std::uint32_t near[kNear];
+      core::StripsWork own = work;
+      place(own, far == nullptr ? near : far + begin * size);
+      kernels.strips_prepare(own, 0, own.tiles());
+      kernels.strips_multiply(own, plan.tiles * begin / threads, plan.tiles * end / threads);
+    });
+    return;
+  }
+  alignas(64) std::uint32_t near[kNear];
+  place(work, far == nullptr ? near : far);
   for (std::int64_t row = 0; row < args.m; row += work.rows) {
     shape(row);
     parallel_for(0, work.tiles(), grain(args.k * work.tile_rows),

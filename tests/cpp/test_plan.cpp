@@ -45,6 +45,20 @@ TEST_CASE("one row is decoded, many rows are multiplied, whatever the shape of t
       }
 }
 
+TEST_CASE("strips: little is prepared by each thread, much or for few columns by all together") {
+  const auto apart = [](std::int64_t m, std::int64_t n, std::int64_t k, std::int64_t threads) {
+    const LinearPlan plan = plan_strips(m, n, k, 128, DType::bf16, Activation::exact, portable_kernels());
+    return prepare_apart(plan, m, n, k, threads);
+  };
+  CHECK(apart(1, 4096, 4096, 2));
+  CHECK(apart(16, 4096, 4096, 2));
+  CHECK(apart(32, 1024, 1024, 2));
+  CHECK_FALSE(apart(17, 4096, 4096, 2));
+  CHECK(apart(65, 4096, 128, 2));
+  CHECK_FALSE(apart(1, 1024, 4096, 8));
+  CHECK_FALSE(apart(512, 4096, 4096, 2));
+}
+
 TEST_CASE("a small call is not cut into pieces smaller than a thread is worth") {
   const Kernels& kernels = portable_kernels();
   const LinearPlan small = plan_linear(1, 4096, 32, DType::f32, kernels);
