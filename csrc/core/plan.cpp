@@ -16,8 +16,8 @@ constexpr std::int64_t kDecodeRows = 4;
 constexpr std::int64_t kPreparedBytes = std::int64_t{1} << 20;
 
 // Up to so many bytes of digits, and from so many columns a thread on, each thread had better prepare them for itself:
-// it takes about 5 % less for 1 to 32 rows of a [1024, 1024] weight with two threads. To prepare a value takes as long as multiplying
-// it with some 25 columns (benchmarks/linear_cpu.py on Zen 4).
+// with two threads that takes about 5 % off 1 to 32 rows of a [1024, 1024] weight (Zen 4). To prepare a value takes as
+// long as to multiply it with some 25 columns.
 constexpr std::int64_t kApartBytes = std::int64_t{1} << 17;
 constexpr std::int64_t kApartColumns = 256;
 
