@@ -17,6 +17,26 @@
 #endif
 
 namespace awq::core {
+namespace {
+
+/// The level that AWQ_EXT_ISA asks for, or nullptr.
+const char* wanted_level() { return std::getenv("AWQ_EXT_ISA"); }
+
+#if defined(__x86_64__) && defined(__linux__)
+/// Whether this process has AMX's tiles and products of bytes. Without permission the first use would be fatal
+/// (Linux, Documentation/arch/x86/xstate.rst).
+bool tiles_permitted() {
+  constexpr unsigned kTile = 1u << 24, kInt8 = 1u << 25;
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  if (__get_cpuid_count(7, 0, &a, &b, &c, &d) == 0 || (d & kTile) == 0 || (d & kInt8) == 0) return false;
+  const char* wanted = wanted_level();
+  if (wanted != nullptr && std::strcmp(wanted, "amx_int8") != 0) return false;
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+#endif
+
+}  // namespace
 
 const CpuFeatures& cpu_features() {
   static const CpuFeatures features = [] {
@@ -31,12 +51,7 @@ const CpuFeatures& cpu_features() {
     f.avx512_vnni = f.avx512 && __builtin_cpu_supports("avx512vnni");
     f.avx512_bf16 = f.avx512_vnni && __builtin_cpu_supports("avx512bf16");
 #if defined(__linux__)
-    // ARCH_REQ_XCOMP_PERM for XTILEDATA: without it the first use of a tile is fatal (Linux,
-    // Documentation/arch/x86/xstate).
-    constexpr unsigned kTile = 1u << 24, kInt8 = 1u << 25;
-    constexpr long kRequest = 0x1023, kTileData = 18;
-    f.amx_int8 = f.avx512_bf16 && __get_cpuid_count(7, 0, &a, &b, &c, &d) != 0 && (d & kTile) != 0 &&
-                 (d & kInt8) != 0 && syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+    f.amx_int8 = f.avx512_bf16 && tiles_permitted();
 #endif
 #elif defined(__aarch64__) && defined(__linux__)
     f.neon_dotprod = (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0;
@@ -80,7 +95,7 @@ const Kernels* const* all_kernels() {
 const Kernels& best_kernels() {
   static const Kernels& best = []() -> const Kernels& {
     const Kernels* const* levels = all_kernels();
-    const char* wanted = std::getenv("AWQ_EXT_ISA");
+    const char* wanted = wanted_level();
     for (const Kernels* const* level = levels; wanted != nullptr && *level != nullptr; ++level)
       if (std::strcmp((*level)->name, wanted) == 0) return **level;
     return **levels;

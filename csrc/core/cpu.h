@@ -15,7 +15,8 @@ struct CpuFeatures {
   bool neon_i8mm = false;     // with neon_dotprod: SMMLA
 };
 
-/// Asked of the CPU once. With AMX, Linux is then asked to let all threads of the process have its registers.
+/// Asked of the CPU once. With AMX, and unless AWQ_EXT_ISA names another level, Linux is then asked to let the process
+/// have its registers: from then on stacks for signals must have room for them (some 11 KiB; AT_MINSIGSTKSZ).
 const CpuFeatures& cpu_features();
 
 /// The best level this CPU can run; the environment variable AWQ_EXT_ISA=<name of a level> lowers it (read

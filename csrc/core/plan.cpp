@@ -15,6 +15,9 @@ constexpr std::int64_t kDecodeRows = 4;
 // Digits of x that are prepared at a time: they are read again for every strip, and should stay in the second cache.
 constexpr std::int64_t kPreparedBytes = std::int64_t{1} << 20;
 
+// From so many rows on a matrix unit multiplies: its codes have to be unpacked to memory first (not measured).
+constexpr std::int64_t kMatrixFrom = 9;
+
 // Up to so many bytes of digits, and from so many columns a thread on, each thread had better prepare them for itself:
 // with two threads that takes about 5 % off 1 to 32 rows of a [1024, 1024] weight (Zen 4). To prepare a value takes as
 // long as to multiply it with some 25 columns.
@@ -66,18 +69,26 @@ LinearPlan plan_strips(std::int64_t m, std::int64_t n, std::int64_t k, std::int6
     plan.why = plan.digits == 1   ? "x as int8: the caller said that is enough"
                : plan.digits == 2 ? "x as int16, two products of eight bits: less is lost than by a 16-bit type"
                                   : "x as integers of 24 bits, three products of eight bits: as exact as float32";
-    plan.most_rows = kernels.strips_rows[plan.digits - 1];
-    // Its codes have to be unpacked to memory first, which few rows do not pay for.
-    plan.matrix = m > plan.most_rows && kernels.matrix_rows > 0 && matrix_can_have(group);
-    if (plan.matrix) plan.most_rows = kernels.matrix_rows, plan.name = "strips_matrix";
+    const auto [matrix, most] = strips_tiles(m, group, plan.digits, kernels);
+    if (matrix) {
+      plan.name = "strips_matrix";
+      plan.why = plan.digits == 1   ? "x as int8: the caller said that is enough; enough rows for the matrix unit"
+                 : plan.digits == 2 ? "x as int16, two products of eight bits; enough rows for the matrix unit"
+                                    : "x as integers of 24 bits, three products; enough rows for the matrix unit";
+    }
     const std::int64_t fit = kPreparedBytes / std::max<std::int64_t>(1, k * plan.digits);
-    plan.rows = std::clamp(fit / plan.most_rows * plan.most_rows, std::int64_t{64}, kStripsRows);
-    plan.tile_rows = even_rows(std::clamp(m, std::int64_t{1}, plan.rows), plan.most_rows);
+    plan.rows = std::clamp(fit / most * most, std::int64_t{64}, kStripsRows);
+    plan.tile_rows = even_rows(std::clamp(m, std::int64_t{1}, plan.rows), most);
     plan.tile = kStripColumns;
     plan.tiles = ceil_div(n, plan.tile);
   }
   plan.grain = grain(m, k, plan.tile);
   return plan;
+}
+
+StripsTiles strips_tiles(std::int64_t rows, std::int64_t group, int digits, const Kernels& kernels) {
+  if (rows >= kMatrixFrom && kernels.matrix_rows > 0 && matrix_can_have(group)) return {true, kernels.matrix_rows};
+  return {false, kernels.strips_rows[digits - 1]};
 }
 
 bool prepare_apart(const LinearPlan& plan, std::int64_t m, std::int64_t n, std::int64_t k, std::int64_t threads) {

@@ -19,8 +19,6 @@ struct LinearPlan {
   std::int64_t tile;
   std::int64_t grain;      // fewest tiles worth a thread of their own
   int digits;              // strips: of x
-  bool matrix;             // strips: by the level's matrix unit
-  int most_rows;           // strips: of x in one tile, at most
   std::int64_t rows;       // strips: of x in one StripsWork, the last of a call may have fewer
   std::int64_t tile_rows;  // strips: of x in one tile
 };
@@ -34,6 +32,14 @@ LinearPlan plan_linear(std::int64_t m, std::int64_t n, std::int64_t k, DType x_t
 /// The same for layout strips.
 LinearPlan plan_strips(std::int64_t m, std::int64_t n, std::int64_t k, std::int64_t group, DType x_type,
                        Activation activation, const Kernels& kernels);
+
+/// What `rows` rows of x, all of a call or the turn of some, are cut into: tiles for the matrix unit or not, and their
+/// most rows.
+struct StripsTiles {
+  bool matrix;
+  int most_rows;
+};
+StripsTiles strips_tiles(std::int64_t rows, std::int64_t group, int digits, const Kernels& kernels);
 
 /// Whether each of `threads` threads prepares all of x for itself, rather than its part for all of them. What another
 /// core has written comes from its cache, line by line, and two loops in parallel are started instead of one.

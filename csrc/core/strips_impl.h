@@ -570,8 +570,7 @@ void strips_multiply(const StripsWork& work, std::int64_t begin, std::int64_t en
         groups.load(i / segments.in_group, block.scales[i - block.first], block.zeros[i - block.first]);
 #if defined(__AMX_INT8__)
       if (work.matrix) {
-        const std::int64_t end = block.last < segments.count ? segments.begin(block.last) : a.k;
-        unpacked.unpack(block.w, (end - segments.begin(block.first)) / kOctet);
+        unpacked.unpack(block.w, (segments.begin(block.last) - segments.begin(block.first)) / kOctet);
         switch (work.digits) {
           case 1: multiply_matrix<1>(work, segments, block, unpacked, acc); break;
           case 2: multiply_matrix<2>(work, segments, block, unpacked, acc); break;

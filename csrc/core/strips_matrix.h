@@ -21,7 +21,7 @@ static_assert(kStripColumns == 2 * kLanes);
 constexpr int tile_of_x(int digits) { return digits == 3 ? 6 : 4; }
 constexpr int tile_of_codes(int digits) { return digits == 3 ? 7 : 6; }
 
-// A thread's registers have shapes, from here on until they are released (SDM volume 1, 18.2 and 18.3).
+// A thread's registers have shapes, from here on until they are released (SDM volume 1, the chapter on AMX).
 struct TileShapes {
   std::uint8_t palette = 1, start = 0, reserved[14] = {};
   std::uint16_t row_bytes[16] = {};
@@ -63,7 +63,7 @@ inline __attribute__((always_inline)) void add_product() {
 
 /// What a product multiplies: codes of a block, one a byte, [values / 4][half of the columns][16 columns][4].
 struct MatrixCodes {
-  static constexpr std::int64_t kValues = 512;  // of x: with two digits of 16 rows they are half of the first cache
+  static constexpr std::int64_t kValues = 512;  // of x: with two digits of 16 rows 32 KiB, which the first cache has
   static constexpr std::int64_t kPitch = 2 * 64;
   alignas(64) std::uint8_t bytes[kValues * kStripColumns];
 

@@ -43,11 +43,12 @@ std::int64_t grain(std::int64_t bytes_per_item) {
 /// Each thread prepares its part for all of them, or all for itself.
 void run_strips(const core::LinearArgs& args, const core::LinearPlan& plan, const core::Kernels& kernels) {
   core::StripsWork work{};
-  work.args = &args, work.digits = plan.digits, work.matrix = plan.matrix;
+  work.args = &args, work.digits = plan.digits;
   const core::Segments segments(args.k, args.group);
   const auto shape = [&](std::int64_t row) {
     work.row = row, work.rows = std::min(plan.rows, args.m - row);
-    work.tile_rows = core::even_rows(work.rows, plan.most_rows);
+    const auto [matrix, most] = core::strips_tiles(work.rows, args.group, plan.digits, kernels);
+    work.matrix = matrix, work.tile_rows = core::even_rows(work.rows, most);
   };
   shape(0);  // later turns have not more rows, filled up to whole tiles
   const std::int64_t words = work.tiles() * work.words(args.k);

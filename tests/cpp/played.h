@@ -1,15 +1,18 @@
 // Instructions on CPUs that lack them: a signal handler carries out those of AVX-VNNI and AMX that kernels use.
 #pragma once
 #if defined(__x86_64__) && defined(__linux__)
+#include <cpuid.h>
 #include <ucontext.h>
 
 #include <csignal>
 #include <cstdint>
 #include <cstring>
 
+#include "core/cpu.h"
+
 namespace awq::test {
 
-/// While one lives, these do what Intel's manual (SDM volume 2) says, wherever the CPU does not know them:
+/// While one lives, these do what Intel's manual (SDM volume 2) says, if the CPU does not know them:
 /// VPDPBUSD with 256-bit operands in VEX encoding; LDTILECFG, TILERELEASE, TILEZERO, TILELOADD, TILESTORED, TDPBSUD.
 /// What the manual forbids of shapes, and any other unknown instruction, ends the process, as on a CPU.
 class Played {
@@ -21,6 +24,14 @@ class Played {
     sigaction(SIGILL, &action, &before_);
   }
   ~Played() { sigaction(SIGILL, &before_, nullptr); }
+  /// Whether what uses tiles can be run here, played or not: a CPU that has tiles, but may not use them, would shape
+  /// its own.
+  static bool can_have_tiles(const core::CpuFeatures& features) {
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    const bool has = __get_cpuid_count(7, 0, &a, &b, &c, &d) != 0 && (d & 1u << 24) != 0;
+    return features.avx512_bf16 && (features.amx_int8 || !has);
+  }
+
   Played(const Played&) = delete;
   Played& operator=(const Played&) = delete;
 

@@ -337,12 +337,12 @@ TEST_CASE("strips: the plan's tiles and turns are what kernels can have") {
                 continue;
               }
               REQUIRE(plan.kernel == LinearKernel::strips);
-              REQUIRE(std::string(plan.name) == (plan.matrix ? "strips_matrix" : "strips"));
+              const auto [matrix, most] = strips_tiles(m, 128, plan.digits, kernels);
+              REQUIRE(std::string(plan.name) == (matrix ? "strips_matrix" : "strips"));
+              REQUIRE(most == (matrix ? kernels.matrix_rows : kernels.strips_rows[plan.digits - 1]));
               REQUIRE(plan.digits == (activation == Activation::int8                          ? 1
                                       : activation == Activation::exact && type == DType::f32 ? 3
                                                                                               : 2));
-              const int most = plan.matrix ? kernels.matrix_rows : kernels.strips_rows[plan.digits - 1];
-              REQUIRE((most > 0 && plan.most_rows == most));
               REQUIRE((plan.tile_rows >= 1 && plan.tile_rows <= most && plan.tile == kStripColumns));
               REQUIRE((plan.rows >= most && plan.rows <= kStripsRows && plan.rows % most == 0));
               REQUIRE((m == 0 ||
@@ -370,7 +370,7 @@ TEST_CASE("avx_vnni: played where the CPU lacks it, the same bits as avx2") {
 
 // Likewise, of this level's matrix unit. The rest of it is avx512_bf16.
 TEST_CASE("amx_int8: played where the CPU lacks it, the same bits as avx512_vnni") {
-  if (!cpu_features().avx512_bf16) return;
+  if (!test::Played::can_have_tiles(cpu_features())) return;
   const test::Played played;
   Random random(40);
   for (const Depth& depth : {Depth{256, 128}, Depth{96, 32}, Depth{64, 64}, Depth{640, 128}, Depth{160, 160},
@@ -387,7 +387,7 @@ TEST_CASE("amx_int8: played where the CPU lacks it, the same bits as avx512_vnni
 }
 
 TEST_CASE("amx_int8: the same bits for any split of the work, and beside what is not finite") {
-  if (!cpu_features().avx512_bf16) return;
+  if (!test::Played::can_have_tiles(cpu_features())) return;
   const test::Played played;
   Random random(41);
   for (int digits = 1; digits <= kMostDigits; ++digits) {
@@ -405,19 +405,36 @@ TEST_CASE("amx_int8: the same bits for any split of the work, and beside what is
   }
 }
 
+TEST_CASE("amx_int8: digits at both ends, codes and zeros at theirs: no sum overflows") {
+  if (!test::Played::can_have_tiles(cpu_features())) return;
+  const test::Played played;
+  Random random(42);
+  for (const double sign : {1.0, -1.0})
+    for (const int code : {0, 15}) {
+      Problem p({11, 40, 512, 256}, {DType::f32, DType::f16, DType::f16, true, false}, random);
+      for (std::int64_t i = 0; i < p.x.size(); ++i) p.x.set(i, sign * (i % 2 == 0 ? 1.0 : 126.5 * 256.0 / 32639.0));
+      std::fill(p.q.begin(), p.q.end(), static_cast<std::uint8_t>(code));
+      std::fill(p.z.begin(), p.z.end(), static_cast<std::uint8_t>(15 - code));
+      p.pack();
+      for (const int digits : {1, 2, 3})
+        CHECK(run(p, amx_int8_kernels(), digits, 0, kStripsRows, true) == run(p, avx512_vnni_kernels(), digits));
+    }
+}
+
 TEST_CASE("amx_int8: many rows go to the matrix unit, where its steps fit the groups") {
-  const auto plan = [](std::int64_t m, std::int64_t k, std::int64_t group, const Kernels& kernels) {
-    return plan_strips(m, 4096, k, group, DType::bf16, Activation::exact, kernels);
+  const auto by_matrix = [](std::int64_t rows, std::int64_t group, const Kernels& kernels) {
+    const bool matrix = strips_tiles(rows, group, 2, kernels).matrix;
+    CHECK(matrix == (strips_tiles(rows, group, 3, kernels).most_rows == 16));
+    const LinearPlan plan = plan_strips(rows, 4096, 12 * group, group, DType::bf16, Activation::exact, kernels);
+    CHECK(matrix == (std::string(plan.name) == "strips_matrix"));
+    return matrix;
   };
-  for (const std::int64_t m : {9, 16, 512}) {
-    CHECK(plan(m, 4096, 128, amx_int8_kernels()).matrix);
-    CHECK(plan(m, 4096, 32, amx_int8_kernels()).matrix);
-    CHECK(plan(m, 4096, 4096, amx_int8_kernels()).matrix);
-    CHECK_FALSE(plan(m, 4080, 16, amx_int8_kernels()).matrix);
-    CHECK_FALSE(plan(m, 4080, 4080, amx_int8_kernels()).matrix);
-    CHECK_FALSE(plan(m, 4096, 128, avx512_bf16_kernels()).matrix);
+  for (const std::int64_t rows : {9, 16, 512}) {
+    for (const std::int64_t group : {32, 128, 160, 4096}) CHECK(by_matrix(rows, group, amx_int8_kernels()));
+    for (const std::int64_t group : {8, 16, 40, 4080}) CHECK_FALSE(by_matrix(rows, group, amx_int8_kernels()));
+    CHECK_FALSE(by_matrix(rows, 128, avx512_bf16_kernels()));
   }
-  CHECK_FALSE(plan(8, 4096, 128, amx_int8_kernels()).matrix);
-  CHECK(plan(512, 4096, 128, amx_int8_kernels()).tile_rows == 16);
+  for (const std::int64_t rows : {1, 5, 8}) CHECK_FALSE(by_matrix(rows, 128, amx_int8_kernels()));
+  CHECK(plan_strips(512, 4096, 4096, 128, DType::bf16, Activation::exact, amx_int8_kernels()).tile_rows == 16);
 }
 #endif
