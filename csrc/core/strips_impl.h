@@ -435,7 +435,7 @@ void multiply_tile(const StripsWork& work, const Segments& segments, const Strip
   }
 }
 
-#if defined(__AMX_INT8__)
+#if defined(AWQ_AMX)
 /// The same of tiles that a matrix unit multiplies, whose codes are unpacked.
 template <int kDigits>
 inline void multiply_matrix(const StripsWork& work, const Segments& segments, const StripBlock& block,
@@ -548,7 +548,7 @@ void strips_multiply(const StripsWork& work, std::int64_t begin, std::int64_t en
   const std::int64_t strip_bytes = ceil_div(a.k, kOctet) * kOctetBytes;
   // One tile reads scales and zeros once, and best among its products; more tiles share them.
   std::int64_t most = work.tiles() == 1 ? 1 : StripBlock::kValues / segments.size(0);
-#if defined(__AMX_INT8__)
+#if defined(AWQ_AMX)
   MatrixCodes unpacked;
   if (work.matrix) {
     most = MatrixCodes::kValues / segments.size(0);
@@ -568,7 +568,7 @@ void strips_multiply(const StripsWork& work, std::int64_t begin, std::int64_t en
                 segments.begin(block.first) / kOctet * kOctetBytes;
       for (std::int64_t i = block.first; i < block.last; ++i)
         groups.load(i / segments.in_group, block.scales[i - block.first], block.zeros[i - block.first]);
-#if defined(__AMX_INT8__)
+#if defined(AWQ_AMX)
       if (work.matrix) {
         unpacked.unpack(block.w, (segments.begin(block.last) - segments.begin(block.first)) / kOctet);
         switch (work.digits) {
@@ -587,7 +587,7 @@ void strips_multiply(const StripsWork& work, std::int64_t begin, std::int64_t en
     }
     store_strip(work, strip, acc);
   }
-#if defined(__AMX_INT8__)
+#if defined(AWQ_AMX)
   if (work.matrix) release_tiles();
 #endif
 }

@@ -8,10 +8,14 @@
 #include "simd.h"
 #include "strips.h"
 
+#if defined(__AMX_INT8__) || defined(__AMXINT8__)  // the latter by clang before 16
+#define AWQ_AMX
+#endif
+
 namespace awq::core {
 namespace {
 
-#if defined(__AMX_INT8__)
+#if defined(AWQ_AMX)
 
 inline constexpr int kMatrixRows = 16;
 static_assert(kStripColumns == 2 * kLanes);
