@@ -14,6 +14,7 @@
 #include "../core/plan.h"
 #include "../core/quantize.h"
 #include "../core/search.h"
+#include "../core/shares.h"
 #include "check.h"
 
 namespace awq::ops {
@@ -40,7 +41,7 @@ std::int64_t grain(std::int64_t bytes_per_item) {
 }
 
 /// Layout strips: rows of x become digits, as many rows at a time as the plan says, and then strips are multiplied.
-/// Each thread prepares its part for all of them, or all for itself.
+/// Each thread prepares its part for all of them, or all for itself; who is early multiplies what is left.
 void run_strips(const core::LinearArgs& args, const core::LinearPlan& plan, const core::Kernels& kernels) {
   core::StripsWork work{};
   work.args = &args, work.digits = plan.digits;
@@ -64,13 +65,18 @@ void run_strips(const core::LinearArgs& args, const core::LinearPlan& plan, cons
   const auto place = [&](core::StripsWork& in, std::uint32_t* memory) {
     in.x = memory, in.parameters = reinterpret_cast<float*>(memory + words);
   };
+  const auto multiply = [&](const core::StripsWork& work, core::Shares& shares, std::int64_t begin, std::int64_t end) {
+    for (std::int64_t thread = begin; thread < end; ++thread)
+      shares.work(thread, [&](std::int64_t first, std::int64_t last) { kernels.strips_multiply(work, first, last); });
+  };
   if (apart) {
+    core::Shares shares(plan.tiles, threads);
     parallel_for(0, threads, 1, [&](std::int64_t begin, std::int64_t end) noexcept {
       alignas(64) std::uint32_t near[kNear];
       core::StripsWork own = work;
       place(own, far == nullptr ? near : far + begin * size);
       kernels.strips_prepare(own, 0, own.tiles());
-      kernels.strips_multiply(own, plan.tiles * begin / threads, plan.tiles * end / threads);
+      multiply(own, shares, begin, end);
     });
     return;
   }
@@ -80,8 +86,9 @@ void run_strips(const core::LinearArgs& args, const core::LinearPlan& plan, cons
     shape(row);
     parallel_for(0, work.tiles(), grain(args.k * work.tile_rows),
                  [&](std::int64_t begin, std::int64_t end) noexcept { kernels.strips_prepare(work, begin, end); });
-    parallel_for(0, plan.tiles, plan.grain,
-                 [&](std::int64_t begin, std::int64_t end) noexcept { kernels.strips_multiply(work, begin, end); });
+    core::Shares shares(plan.tiles, threads);
+    parallel_for(0, threads, 1,
+                 [&](std::int64_t begin, std::int64_t end) noexcept { multiply(work, shares, begin, end); });
   }
 }
 

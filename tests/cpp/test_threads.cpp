@@ -1,6 +1,8 @@
 // Kernels called by several threads at once, each for its own part of the work: the bytes are those of one thread.
 // Under ThreadSanitizer (AWQ_SANITIZE=thread) this is where a write outside one's part shows.
 #include <algorithm>
+#include <atomic>
+#include <chrono>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -11,6 +13,7 @@
 #include "core/cpu.h"
 #include "core/kernels.h"
 #include "core/plan.h"
+#include "core/shares.h"
 #include "data.h"
 #include "levels.h"
 
@@ -69,8 +72,10 @@ Array run_strips(const Problem& p, const Kernels& kernels, int digits, std::int6
   std::vector<float> parameters(static_cast<std::size_t>(work.tiles() * work.floats(Segments(kDepth, kGroup).count)));
   work.x = x.data(), work.parameters = parameters.data();
   in_threads(threads, work.tiles(), [&](auto begin, auto end) { kernels.strips_prepare(work, begin, end); });
-  in_threads(threads, ceil_div(kColumns, kStripColumns),
-             [&](auto begin, auto end) { kernels.strips_multiply(work, begin, end); });
+  Shares shares(ceil_div(kColumns, kStripColumns), threads);
+  in_threads(threads, threads, [&](auto thread, auto) {
+    shares.work(thread, [&](auto begin, auto end) { kernels.strips_multiply(work, begin, end); });
+  });
   return y;
 }
 
@@ -91,6 +96,42 @@ Array run_linear(const Problem& p, const Kernels& kernels, bool decode, std::int
 }
 
 }  // namespace
+
+TEST_CASE("threads: shares give out every item once, by however many threads") {
+  for (const std::int64_t count : {0, 1, 2, 17, 64, 1000})
+    for (const std::int64_t threads : {1, 2, 3, 8, 63, 64, 65, 200}) {
+      CAPTURE(count, threads);
+      std::vector<int> taken(static_cast<std::size_t>(count));
+      std::atomic<bool> within{true};  // Catch2's own assertions are for one thread
+      const auto take = [&](std::int64_t begin, std::int64_t end) {
+        if (begin < 0 || begin >= end || end > count) within = false;
+        for (std::int64_t i = begin; i < end && within; ++i) ++taken[static_cast<std::size_t>(i)];
+      };
+      Shares together(count, threads), alone(count, threads);
+      in_threads(threads, threads, [&](auto thread, auto) { together.work(thread, take); });
+      CHECK(std::count(taken.begin(), taken.end(), 1) == count);
+      for (std::int64_t thread = threads; thread-- > 0;) alone.work(thread, take);
+      CHECK(std::count(taken.begin(), taken.end(), 2) == count);
+      CHECK(within);
+    }
+}
+
+TEST_CASE("threads: who is held up is helped") {
+  constexpr std::int64_t kCount = 100;
+  std::atomic<std::int64_t> left{kCount}, left_before{0};
+  Shares shares(kCount, 2);
+  in_threads(2, 2, [&](auto thread, auto) {
+    shares.work(thread, [&](std::int64_t begin, std::int64_t end) {
+      const auto give_up = std::chrono::steady_clock::now() + std::chrono::seconds(20);
+      // The first thread's first piece lasts until the second has done all the rest.
+      while (begin == 0 && left > end - begin && std::chrono::steady_clock::now() < give_up) std::this_thread::yield();
+      if (begin == 0) left_before = left - (end - begin);
+      left -= end - begin;
+    });
+  });
+  CHECK(left_before == 0);
+  CHECK(left == 0);
+}
 
 TEST_CASE("threads: layout strips") {
   Random random(60);
