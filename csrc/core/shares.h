@@ -11,9 +11,8 @@ namespace awq::core {
 /// takes a quarter of what is left of its share at a time, and when nothing is, it helps with the shares after its own.
 class Shares {
  public:
-  static constexpr std::int64_t kMost = 64;  // shares; threads beyond have one together
-  static constexpr std::int64_t kVisits =
-      4;  // shares a thread looks at: its own, and others' at a cost to their owners
+  static constexpr std::int64_t kMost = 64;   // shares; threads beyond have one together
+  static constexpr std::int64_t kVisits = 4;  // shares a thread looks at, which their owners feel
 
   Shares(std::int64_t count, std::int64_t threads) : shares_(std::clamp<std::int64_t>(threads, 1, kMost)) {
     for (std::int64_t i = 0; i < shares_; ++i) {

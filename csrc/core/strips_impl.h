@@ -409,29 +409,72 @@ inline __attribute__((always_inline)) void multiply_segment(const std::uint8_t* 
     add_values(values[r], parameters[r], parameters[kRows + r], scales, zeros, acc + r * kStripColumns);
 }
 
-/// Segments [first, last) of one strip, with their scales and zeros as floats.
+/// Where the scales and zeros of a strip are.
+struct StripGroups {
+  static constexpr std::int64_t kAheadGroups = 8;  // these streams are too thin for hardware to notice
+  static constexpr std::int64_t kHalf = kStripColumns / 2;
+  const LinearArgs& a;
+  std::int64_t first, width;  // of scales: index of the first, and how many a group has
+  const std::uint8_t* zeros;  // bytes, kHalf a group
+
+  StripGroups(const LinearArgs& args, std::int64_t strip) : a(args), zeros(nullptr) {
+    const std::int64_t column = strip * kStripColumns, groups = a.k / a.group;
+    width = a.n - column < kStripColumns ? a.n - column : kStripColumns;
+    first = strip_scale(a.n, groups, 0, column);
+    if (a.qzeros != nullptr) zeros = reinterpret_cast<const std::uint8_t*>(a.qzeros) + strip * groups * kHalf;
+  }
+
+  /// Those of group g, as floats [kStripColumns].
+  inline __attribute__((always_inline)) void load(std::int64_t g, float* scale, float* zero) const {
+    const std::int64_t at = first + g * width;
+    __builtin_prefetch(static_cast<const char*>(a.scales) + (at + kAheadGroups * width) * size_of(a.scale_type));
+    for (std::int64_t c = width; c < kStripColumns; ++c) scale[c] = 0.0f;
+    convert_to_float(a.scales, a.scale_type, at, width, scale);
+    if (zeros == nullptr) {
+      for (std::int64_t c = 0; c < kStripColumns; c += kLanes) store(zero + c, broadcast(8.0f));
+      return;
+    }
+    const std::uint8_t* const bytes = zeros + g * kHalf;
+    __builtin_prefetch(bytes + kAheadGroups * kHalf);
+    for (std::int64_t c = 0; c < kHalf; c += kLanes) {
+      const Ints pairs = load_bytes(bytes + c);
+      store(zero + c, __builtin_convertvector(pairs & 15, Floats));
+      store(zero + kHalf + c, __builtin_convertvector(pairs >> 4, Floats));
+    }
+  }
+};
+
+/// Segments [first, last) of one strip, with their scales and zeros as floats. A single tile reads those once and best
+/// among its products: multiply_tile does; more tiles share them.
 struct StripBlock {
   static constexpr std::int64_t kValues = 2048;  // of x: a tile's digits of so many stay in the first cache
   static constexpr std::int64_t kMost = 64;      // segments
   std::int64_t first, last;
   const std::uint8_t* w;
+  const StripGroups* unread;  // of a single tile, else nullptr
   alignas(64) float scales[kMost][kStripColumns];
   alignas(64) float zeros[kMost][kStripColumns];
 };
 
 /// acc [tile_rows][kStripColumns] += the block's part of y for one tile.
 template <int kRows, int kDigits>
-void multiply_tile(const StripsWork& work, const Segments& segments, const StripBlock& block, std::int64_t tile,
-                   float* acc) {
+void multiply_tile(const StripsWork& work, const Segments& segments, StripBlock& block, std::int64_t tile, float* acc) {
   const std::uint32_t* x = work.x + tile * work.words(work.args->k) + work.words(segments.begin(block.first));
   const float* parameters = work.parameters + tile * work.floats(segments.count) + work.floats(block.first);
   const std::uint8_t* w = block.w;
-  for (std::int64_t i = block.first, rest = segments.size_from(i); i < block.last; ++i) {
+  std::int64_t rest = segments.size_from(block.first), group = block.first / segments.in_group, slot = 0;
+  for (std::int64_t i = block.first; i < block.last; ++i) {
     const std::int64_t octets = ceil_div(rest < kSegment ? rest : kSegment, kOctet);
-    rest = rest > kSegment ? rest - kSegment : segments.group;
+    if (block.unread != nullptr)
+      block.unread->load(group, block.scales[0], block.zeros[0]);
+    else
+      slot = i - block.first;
     for (std::int64_t part = 0; part < kStripColumns; part += kPart)
-      multiply_segment<kRows, kDigits>(w + part * 4, octets, x, parameters, block.scales[i - block.first] + part,
-                                       block.zeros[i - block.first] + part, acc + part);
+      multiply_segment<kRows, kDigits>(w + part * 4, octets, x, parameters, block.scales[slot] + part,
+                                       block.zeros[slot] + part, acc + part);
+    const bool ends = rest <= kSegment;
+    rest = ends ? segments.group : rest - kSegment;
+    group += ends;
     w += octets * kOctetBytes;
     x += octets * 2 * kDigits * kRows;
     parameters += 2 * kRows;
@@ -471,7 +514,7 @@ inline void multiply_matrix(const StripsWork& work, const Segments& segments, co
 #endif
 
 template <int kDigits>
-inline void multiply_tiles(const StripsWork& work, const Segments& segments, const StripBlock& block, float* acc) {
+inline void multiply_tiles(const StripsWork& work, const Segments& segments, StripBlock& block, float* acc) {
   for (std::int64_t tile = 0; tile < work.tiles(); ++tile) {
     float* const out = acc + tile * work.tile_rows * kStripColumns;
     switch (work.tile_rows) {
@@ -491,41 +534,6 @@ inline void multiply_tiles(const StripsWork& work, const Segments& segments, con
     }
   }
 }
-
-/// Where the scales and zeros of a strip are.
-struct StripGroups {
-  static constexpr std::int64_t kAheadGroups = 8;  // these streams are too thin for hardware to notice
-  static constexpr std::int64_t kHalf = kStripColumns / 2;
-  const LinearArgs& a;
-  std::int64_t first, width;  // of scales: index of the first, and how many a group has
-  const std::uint8_t* zeros;  // bytes, kHalf a group
-
-  StripGroups(const LinearArgs& args, std::int64_t strip) : a(args), zeros(nullptr) {
-    const std::int64_t column = strip * kStripColumns, groups = a.k / a.group;
-    width = a.n - column < kStripColumns ? a.n - column : kStripColumns;
-    first = strip_scale(a.n, groups, 0, column);
-    if (a.qzeros != nullptr) zeros = reinterpret_cast<const std::uint8_t*>(a.qzeros) + strip * groups * kHalf;
-  }
-
-  /// Those of group g, as floats [kStripColumns].
-  inline __attribute__((always_inline)) void load(std::int64_t g, float* scale, float* zero) const {
-    const std::int64_t at = first + g * width;
-    __builtin_prefetch(static_cast<const char*>(a.scales) + (at + kAheadGroups * width) * size_of(a.scale_type));
-    for (std::int64_t c = width; c < kStripColumns; ++c) scale[c] = 0.0f;
-    convert_to_float(a.scales, a.scale_type, at, width, scale);
-    if (zeros == nullptr) {
-      for (std::int64_t c = 0; c < kStripColumns; c += kLanes) store(zero + c, broadcast(8.0f));
-      return;
-    }
-    const std::uint8_t* const bytes = zeros + g * kHalf;
-    __builtin_prefetch(bytes + kAheadGroups * kHalf);
-    for (std::int64_t c = 0; c < kHalf; c += kLanes) {
-      const Ints pairs = load_bytes(bytes + c);
-      store(zero + c, __builtin_convertvector(pairs & 15, Floats));
-      store(zero + kHalf + c, __builtin_convertvector(pairs >> 4, Floats));
-    }
-  }
-};
 
 /// y[row, strip] = acc + bias, in y's type.
 inline void store_strip(const StripsWork& work, std::int64_t strip, float* acc) {
@@ -549,8 +557,8 @@ void strips_multiply(const StripsWork& work, std::int64_t begin, std::int64_t en
   const LinearArgs& a = *work.args;
   const Segments segments(a.k, a.group);
   const std::int64_t strip_bytes = ceil_div(a.k, kOctet) * kOctetBytes;
-  // One tile reads scales and zeros once, and best among its products; more tiles share them.
-  std::int64_t most = work.tiles() == 1 ? 1 : StripBlock::kValues / segments.size(0);
+  const bool single = work.tiles() == 1 && !work.matrix;
+  std::int64_t most = single ? segments.count : StripBlock::kValues / segments.size(0);
 #if defined(AWQ_AMX)
   MatrixCodes unpacked;
   if (work.matrix) {
@@ -558,7 +566,7 @@ void strips_multiply(const StripsWork& work, std::int64_t begin, std::int64_t en
     shape_tiles(work.digits, work.tile_rows, matrix_step(a.group));
   }
 #endif
-  most = most < 1 ? 1 : most > StripBlock::kMost ? StripBlock::kMost : most;
+  if (!single) most = most < 1 ? 1 : most > StripBlock::kMost ? StripBlock::kMost : most;
   alignas(64) float acc[(kStripsRows + kOctet) * kStripColumns];
   StripBlock block;
   for (std::int64_t strip = begin; strip < end; ++strip) {
@@ -568,7 +576,8 @@ void strips_multiply(const StripsWork& work, std::int64_t begin, std::int64_t en
       block.last = block.first + most < segments.count ? block.first + most : segments.count;
       block.w = reinterpret_cast<const std::uint8_t*>(a.qweight) + strip * strip_bytes +
                 segments.begin(block.first) / kOctet * kOctetBytes;
-      for (std::int64_t i = block.first; i < block.last; ++i)
+      block.unread = single ? &groups : nullptr;
+      for (std::int64_t i = block.first; i < block.last && !single; ++i)
         groups.load(i / segments.in_group, block.scales[i - block.first], block.zeros[i - block.first]);
 #if defined(AWQ_AMX)
       if (work.matrix) {
