@@ -65,9 +65,9 @@ void run_strips(const core::LinearArgs& args, const core::LinearPlan& plan, cons
   const auto place = [&](core::StripsWork& in, std::uint32_t* memory) {
     in.x = memory, in.parameters = reinterpret_cast<float*>(memory + words);
   };
-  const auto multiply = [&](const core::StripsWork& work, core::Shares& shares, std::int64_t begin, std::int64_t end) {
+  const auto multiply = [&](const core::StripsWork& by, core::Shares& shares, std::int64_t begin, std::int64_t end) {
     for (std::int64_t thread = begin; thread < end; ++thread)
-      shares.work(thread, [&](std::int64_t first, std::int64_t last) { kernels.strips_multiply(work, first, last); });
+      shares.work(thread, [&](std::int64_t first, std::int64_t last) { kernels.strips_multiply(by, first, last); });
   };
   if (apart) {
     core::Shares shares(plan.tiles, threads);
