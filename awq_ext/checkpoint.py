@@ -103,8 +103,8 @@ def load_quantized(
         raise ValueError(f"dtype must be float32, float16 or bfloat16, got {dtype}")
     model = skeleton(checkpoint, dtype)
     names = Names(model)
-    open_experts(model, stored={names.in_model(name) for name in checkpoint.info})
-    _swap_linears(checkpoint, model)
+    fused = open_experts(model, stored={names.in_model(name) for name in checkpoint.info})
+    _swap_linears(checkpoint, model, fused)
     insert_scaled_activations(checkpoint, model)
     places = Places(checkpoint, model, dtype)
     places.fill(places.of, device)
@@ -184,7 +184,8 @@ def skeleton(checkpoint: Stored, dtype: torch.dtype) -> PreTrainedModel:
     return model.eval()
 
 
-def _swap_linears(checkpoint: Converted, model: nn.Module) -> None:
+def _swap_linears(checkpoint: Converted, model: nn.Module, fused: Mapping[str, str]) -> None:
+    """``fused``: the reasons of `open_experts`."""
     modules, names, ignored = dict(model.named_modules()), Names(model), _ignored(model)
     for stored, linear in checkpoint.linears.items():
         name = names.in_model(f"{stored}.weight").removesuffix(".weight")
@@ -196,7 +197,8 @@ def _swap_linears(checkpoint: Converted, model: nn.Module) -> None:
             got = "no module" if module is None else type(module).__name__
             module = None if module is None else as_linear(module)
         if module is None:
-            raise CheckpointError(f"{where} is quantized in the files, but the model has {got} there, no Linear")
+            why = next((f": {reason}" for owner, reason in fused.items() if name.startswith(f"{owner}.")), "")
+            raise CheckpointError(f"{where} is quantized in the files, but the model has {got} there, no Linear{why}")
         expected = (module.in_features, module.out_features)
         if expected != (linear.in_features, linear.out_features):
             raise CheckpointError(

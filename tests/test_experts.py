@@ -14,7 +14,15 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from awq_ext import AwqLinear, UnsupportedModelError, load_quantized, quantize, replace_linears, save_quantized
+from awq_ext import (
+    AwqLinear,
+    CheckpointError,
+    UnsupportedModelError,
+    load_quantized,
+    quantize,
+    replace_linears,
+    save_quantized,
+)
 from awq_ext.experts import OpenedExperts, open_experts, shortened
 from awq_ext.names import Names
 from awq_ext.trace import prove
@@ -156,6 +164,15 @@ def test_experts_that_stay_fused_are_reported_and_saved(tmp_path: Path, monkeypa
     loaded.config._experts_implementation = "eager"
     assert not isinstance(loaded.model.layers[0].mlp.experts, OpenedExperts)
     assert torch.equal(logits(loaded), logits(model))
+
+
+def test_why_quantized_experts_cannot_be_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = small_model("qwen3_moe")
+    quantize(model, **QUANTIZE, out=tmp_path / "out")
+    monkeypatch.setattr("awq_ext.experts._same", lambda fused, opened: False)
+    reason = "a Qwen3MoeExperts stays fused: it does not compute what gated linears of these weights do"
+    with pytest.raises(CheckpointError, match=rf"experts\.\d\.\w+_proj is quantized .* no Linear: {reason}"):
+        load_quantized(tmp_path / "out")
 
 
 def test_damaged_experts_are_refused_by_name() -> None:
