@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from awq_ext.ops import ACTIVATIONS
 
@@ -38,14 +40,26 @@ class _Linear(torch.autograd.Function):
         qweight, scales, qzeros = ctx.saved_tensors
         grad_x = grad_bias = None
         if ctx.needs_input_grad[0]:
-            dtype = torch.float32 if grad.dtype == torch.float64 else grad.dtype
-            weight = torch.ops.awq_ext.dequantize(
-                qweight, scales, qzeros, group_size=ctx.group_size, layout=ctx.layout, dtype=dtype
-            )
-            grad_x = grad @ weight.to(grad.dtype)
+            grad_x = grad @ _dense(grad.dtype, qweight, scales, qzeros, ctx.group_size, ctx.layout)
         if ctx.needs_input_grad[4]:
             grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype)
         return grad_x, None, None, None, grad_bias, None, None, None
+
+
+def _dense(
+    dtype: torch.dtype, qweight: Tensor, scales: Tensor, qzeros: Tensor | None, group_size: int, layout: str
+) -> Tensor:
+    """W [n, k] in a floating-point dtype."""
+    rounded = torch.float32 if dtype == torch.float64 else dtype
+    weight: Tensor = torch.ops.awq_ext.dequantize(
+        qweight, scales, qzeros, group_size=group_size, layout=layout, dtype=rounded
+    )
+    return weight.to(dtype)
+
+
+def _transformed() -> bool:
+    """Whether a transform of torch.func or forward-mode differentiation is under way."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 _cpu_activation = "exact"
@@ -94,12 +108,17 @@ def linear(
 
     Arguments are those of :func:`awq_ext.ops.linear`; ``activation`` None is what :func:`set_cpu_activation` says.
     Under ``torch.autocast`` x is cast to the autocast dtype, as ``torch.nn.functional.linear`` does, and y has that
-    dtype; scales keep their own. The raw operator ``torch.ops.awq_ext.linear`` knows neither gradient nor autocast.
+    dtype; scales keep their own. Under the transforms of ``torch.func`` and in forward-mode differentiation the weight
+    is dequantized to the dtype of x, and torch multiplies. The raw operator ``torch.ops.awq_ext.linear`` knows neither
+    gradient nor autocast.
     """
     # As for torch's own linear; the meta device has no autocast, and torch refuses to be asked.
     castable = x.is_floating_point() and x.dtype != torch.float64 and not x.is_meta
     if castable and torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
+    if _transformed():  # whose rules the operator does not know: tangents would be lost
+        weight = _dense(x.dtype, qweight, scales, qzeros, group_size, layout)
+        return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
     activation = resolve_activation(activation, x.dtype)
     if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
         return _Linear.apply(x, qweight, scales, qzeros, bias, group_size, layout, activation)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from awq_ext import _library, ops
 from awq_ext.functional import linear, resolve_activation
-from awq_ext.layouts import find_codes, repack_scales, strips_can_have
+from awq_ext.layouts import FLOATS, find_codes, repack_scales, strips_can_have
 
 W_BIT = 4
 PACK = 8  # codes in one int32 word
@@ -33,7 +33,8 @@ class AwqLinear(nn.Module):
     until a state dict is loaded; make a filled module with :meth:`from_linear`. Layout: AutoAWQ
     ``awq/modules/linear/gemm.py``.
 
-    Raises ValueError if in_features is not a multiple of group_size or out_features is not a multiple of 8.
+    Raises ValueError if in_features is not a multiple of group_size or out_features is not a multiple of 8, and for
+    another dtype of scales than float32, float16 and bfloat16.
     """
 
     in_features: int
@@ -60,6 +61,8 @@ class AwqLinear(nn.Module):
         reason = why_not(in_features, out_features, group_size)
         if reason is not None:
             raise ValueError(f"AwqLinear: {reason}")
+        if dtype not in FLOATS.values():
+            raise ValueError(f"AwqLinear: dtype, that of scales, must be float32, float16 or bfloat16, got {dtype}")
         self.in_features = in_features
         self.out_features = out_features
         self.group_size = in_features if group_size == -1 else group_size
@@ -249,8 +252,10 @@ def explain(layer: AwqLinear, m: int, dtype: torch.dtype | None = None, gpu: str
 
     ``dtype`` None is float32 on a CPU and the dtype of scales elsewhere. With ``gpu``, the name of an architecture such
     as "sm_90", the answer is for the layer on a GPU of that kind, and there need not be one. Raises ValueError for an
-    architecture that is not known.
+    architecture that is not known, TypeError for another kind of layer.
     """
+    if not isinstance(layer, AwqLinear):
+        raise TypeError(f"explain: layer must be an AwqLinear, got {type(layer).__name__}")
     device = layer.qweight.device
     if gpu is not None or device.type == "cuda":
         return _explain_cuda(layer, m, dtype or layer.scales.dtype, device, gpu)

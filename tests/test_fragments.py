@@ -296,6 +296,8 @@ def test_explain_answers_for_a_gpu_that_is_not_here() -> None:
     assert awq_ext.explain(layer, 64, gpu="sm_90a").startswith("gemm_sm90 on sm_90a, ")
     assert "parts of in_features" in awq_ext.explain(layer, 64, BF16, gpu="sm_80")
     assert "of them to a cluster" in awq_ext.explain(layer, 16, gpu="sm_90")
+    with pytest.raises(TypeError, match="layer must be an AwqLinear, got Linear"):
+        awq_ext.explain(nn.Linear(8, 8), 1)  # type: ignore[arg-type]
     answer = awq_ext.explain(layer, 1, F32, gpu="sm_90")
     assert answer.startswith("dequantize on sm_90") and "torch multiplies: the kernels multiply float16" in answer
     with pytest.raises(ValueError, match="'hopper'"):

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from reference import Weight, randn, random_weight
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from awq_ext import AwqLinear, ops
 from awq_ext.functional import linear
@@ -78,6 +79,31 @@ def test_gradients_of_either_input_alone(weight: Weight) -> None:
         with context:
             y = linear(x.clone().requires_grad_(), *weight.tensors, bias, group_size=GROUP)
             assert not y.requires_grad
+
+
+def test_transforms_and_forward_mode(weight: Weight) -> None:
+    """All compute what they would of the dense layer, to the bit: it is what they are given."""
+    x, tangent, bias = randn(3, K), randn(3, K, seed=1), randn(N, seed=2)
+    dense = ops.dequantize(*weight.tensors, group_size=GROUP, dtype=torch.float32)
+
+    def ours(x: Tensor) -> Tensor:
+        return linear(x, *weight.tensors, bias, group_size=GROUP)
+
+    def squares(x: Tensor) -> Tensor:
+        return ours(x).square().sum()
+
+    y, slope = torch.func.jvp(ours, (x,), (tangent,))
+    assert torch.equal(y, F.linear(x, dense, bias)) and torch.equal(slope, tangent @ dense.T)
+    with forward_ad.dual_level():
+        dual = forward_ad.unpack_dual(ours(forward_ad.make_dual(x, tangent)))
+        assert dual.tangent is not None and torch.equal(dual.tangent, slope)
+    for jacobian in (torch.func.jacrev, torch.func.jacfwd):
+        assert torch.equal(jacobian(ours)(x[0]), dense)
+    torch.testing.assert_close(torch.func.hessian(squares)(x[0]), 2 * dense.T @ dense)
+    torch.testing.assert_close(torch.func.vmap(ours)(x), ours(x))
+    each = torch.func.vmap(torch.func.grad(squares))(x)  # the gradient of every row by itself
+    torch.testing.assert_close(each, 2 * ours(x) @ dense)
+    assert torch.equal(ours(x), ops.linear(x, *weight.tensors, bias, group_size=GROUP))  # nothing is left under way
 
 
 def test_the_value_does_not_depend_on_the_gradient(weight: Weight) -> None:

@@ -139,6 +139,12 @@ def test_shapes_that_do_not_fit(in_features: int, out_features: int, group_size:
             AwqLinear(in_features, out_features, group_size=group_size, device=device)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int8, torch.float8_e4m3fn])
+def test_scales_of_other_dtypes(dtype: torch.dtype) -> None:
+    with pytest.raises(ValueError, match=f"AwqLinear: dtype, that of scales, must be float32, .* got {dtype}"):
+        AwqLinear(64, 24, group_size=16, dtype=dtype)
+
+
 def test_construction_on_the_meta_device() -> None:
     layer = AwqLinear(K, N, group_size=GROUP, device="meta", dtype=torch.bfloat16)
     assert {name: (tuple(b.shape), b.dtype, b.device.type) for name, b in layer.named_buffers()} == {
