@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -57,9 +59,13 @@ def _dense(
     return weight.to(dtype)
 
 
+# Torch has no public way to ask. A version without these loses tangents as the operator does, but runs.
+_in_transform: Callable[[], bool] = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
+
+
 def _transformed() -> bool:
     """Whether a transform of torch.func or forward-mode differentiation is under way."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    return _in_transform() or getattr(forward_ad, "_current_level", -1) >= 0
 
 
 _cpu_activation = "exact"
