@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.fx
 from torch import Tensor, nn
 
 from awq_ext import _library, ops
@@ -14,6 +15,8 @@ from awq_ext.layouts import FLOATS, find_codes, repack_scales, strips_can_have
 W_BIT = 4
 PACK = 8  # codes in one int32 word
 PACKED = ("qweight", "qzeros", "scales")  # what a layout arranges
+
+torch.fx.wrap("linear")  # which asks of its inputs what torch.fx cannot know while it traces
 
 
 class AwqLinear(nn.Module):

@@ -73,6 +73,16 @@ def test_compiled_model_is_close_to_eager() -> None:
             assert_close(compiled(x), model(x))
 
 
+def test_symbolic_trace_keeps_the_layer_whole() -> None:
+    model = nn.Sequential(AwqLinear.from_linear(nn.Linear(64, 24), 16), nn.ReLU())
+    traced = torch.fx.symbolic_trace(model)
+    assert [node.target.__name__ for node in traced.graph.nodes if node.op == "call_function"] == ["linear"]
+    assert traced.state_dict().keys() == {f"0.{name}" for name in ("qweight", "scales", "qzeros", "bias")}
+    for m in (1, 5):
+        x = torch.randn(m, 64)
+        assert torch.equal(traced(x), model(x))
+
+
 def test_compiled_gradient() -> None:
     torch.manual_seed(0)
     layer = AwqLinear.from_linear(nn.Linear(64, 96), group_size=32)
