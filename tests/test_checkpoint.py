@@ -346,9 +346,9 @@ def test_loading_allocates_only_what_is_stored(saved: Path, monkeypatch: pytest.
     seen = []
     swap = checkpoint_module._swap_linears
 
-    def spy(checkpoint: Checkpoint, model: torch.nn.Module) -> None:
+    def spy(checkpoint: Checkpoint, model: torch.nn.Module, fused: dict[str, str]) -> None:
         seen.extend(model.parameters())
-        swap(checkpoint, model)
+        swap(checkpoint, model, fused)
 
     monkeypatch.setattr(checkpoint_module, "_swap_linears", spy)
     load_quantized(saved)
