@@ -40,6 +40,15 @@ std::int64_t grain(std::int64_t bytes_per_item) {
   return std::max<std::int64_t>(1, kGrainBytes / std::max<std::int64_t>(1, bytes_per_item));
 }
 
+/// So many words that the calling thread keeps for its next call: 1 MiB, or what 64 rows of x take. Given back each time,
+/// they make the C library return memory to the system and ask for it again, outputs beside them included, and pages
+/// that are new have to be zeroed: up to a third of the time of a prompt.
+std::uint32_t* kept_words(std::int64_t count) {
+  static thread_local OptionalTensor kept;
+  if (!kept || kept->numel() < count) kept = new_tensor({count}, ScalarType::Float);
+  return static_cast<std::uint32_t*>(kept->mutable_data_ptr());
+}
+
 /// Layout strips: rows of x become digits, as many rows at a time as the plan says, and then strips are multiplied.
 /// Each thread prepares its part for all of them, or all for itself; who is early multiplies what is left.
 void run_strips(const core::LinearArgs& args, const core::LinearPlan& plan, const core::Kernels& kernels) {
@@ -57,11 +66,8 @@ void run_strips(const core::LinearArgs& args, const core::LinearPlan& plan, cons
   const std::int64_t threads =
       std::clamp<std::int64_t>(torch::stable::get_num_threads(), 1, core::ceil_div(plan.tiles, plan.grain));
   const bool apart = core::prepare_apart(plan, args.m, args.n, args.k, threads);
-  // A row or two stay on the stack, for which nobody has to be asked.
-  constexpr std::int64_t kNear = 8192;
-  OptionalTensor scratch;
-  if (size > kNear) scratch = new_tensor({apart ? threads * size : size}, ScalarType::Float);
-  auto* const far = scratch ? static_cast<std::uint32_t*>(scratch->mutable_data_ptr()) : nullptr;
+  constexpr std::int64_t kNear = 8192;  // a row or two stay on the stack, for which nobody has to be asked
+  std::uint32_t* const far = size > kNear ? kept_words(apart ? threads * size : size) : nullptr;
   const auto place = [&](core::StripsWork& in, std::uint32_t* memory) {
     in.x = memory, in.parameters = reinterpret_cast<float*>(memory + words);
   };
