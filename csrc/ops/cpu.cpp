@@ -40,9 +40,9 @@ std::int64_t grain(std::int64_t bytes_per_item) {
   return std::max<std::int64_t>(1, kGrainBytes / std::max<std::int64_t>(1, bytes_per_item));
 }
 
-/// So many words that the calling thread keeps for its next call: 1 MiB, or what 64 rows of x take. Given back each time,
-/// they make the C library return memory to the system and ask for it again, outputs beside them included, and pages
-/// that are new have to be zeroed: up to a third of the time of a prompt.
+/// So many words that the calling thread keeps for its next call: 1 MiB or so, or what 64 rows of x take. Given back
+/// after each call, they make the C library return memory to the system, that of outputs too, and ask for it again, and
+/// the pages that come have to be zeroed: up to a third of the time of a prompt.
 std::uint32_t* kept_words(std::int64_t count) {
   static thread_local OptionalTensor kept;
   if (!kept || kept->numel() < count) kept = new_tensor({count}, ScalarType::Float);
